@@ -1,0 +1,41 @@
+# `make demo` and `make test` set everything up in .venv and run; set-up is skipped while pyproject.toml stays the same.
+#   PYTHON=...  the Python (3.11 to 3.13) to build .venv from
+#   ARGS=...    passed on, e.g. make test ARGS="tests/kernels -x"
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test bench lint format clean
+.SILENT:
+
+BIN := .venv/bin
+ARGS ?=
+setup = PYTHON='$(PYTHON)' sh scripts/setup.sh
+
+help: ## this list
+	awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+demo: ## set up, then train Xception on real images and show that it equals Keras
+	$(setup) tensorflow,demo
+	$(BIN)/fastsepconv demo $(ARGS)
+
+test: ## set up, then run the tests
+	$(setup) tensorflow,demo test
+	$(BIN)/pytest $(ARGS)
+
+bench: ## set up, then race against TensorFlow and the other runtimes
+	$(setup) tensorflow,demo,bench test
+	$(BIN)/pytest bench --benchmark-only $(ARGS)
+
+lint: ## set up, then check style and types
+	$(setup) tensorflow,demo lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy $(ARGS)
+
+format: ## set up, then put the sources into their form
+	$(setup) tensorflow,demo lint
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+clean: ## remove .venv and what the tools left behind
+	rm -rf .venv build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache .benchmarks *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""The benchmark: problems x providers, raced process against process. `fastsepconv bench --help` is the way in."""

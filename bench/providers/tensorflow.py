@@ -1,0 +1,98 @@
+"""TensorFlow's own operations, and ours in their place: each in a tf.function, with Variables for weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import tensorflow as tf
+
+from .. import data, networks
+from ..problems import FORWARD, PREDICT, Layer, Problem
+from . import Unsupported
+
+
+class Provider:
+    def __init__(self, threads: int, ours: bool):
+        tf.config.threading.set_intra_op_parallelism_threads(threads)
+        tf.config.threading.set_inter_op_parallelism_threads(threads)
+        self.ours = ours
+        self.ops = _our_ops() if ours else _stock_ops()
+        self.versions = {"tensorflow": tf.__version__}
+        if ours:
+            import numba
+
+            import fastsepconv
+
+            self.versions |= {"fastsepconv": fastsepconv.__version__, "numba": numba.__version__}
+
+    def prepare(self, problem: Problem, folder: Path):
+        if isinstance(problem, Layer):
+            return self._layer(problem, folder)
+        model = networks.build(problem.suite, ours=self.ours)
+        networks.restore(model, folder)
+        step = networks.predict_step if problem.mode == PREDICT else networks.train_step
+        return step(model, folder)
+
+    def _layer(self, layer: Layer, folder: Path):
+        if layer.op not in self.ops:
+            raise Unsupported(f"no {layer.op} operation")
+        arrays = {name: tf.constant(array) for name, array in data.load_input(folder).items()}
+        build = _forward_step if layer.mode == FORWARD else _backward_step
+        sets = [
+            {name: tf.Variable(array) for name, array in weights.items()}
+            for weights in data.load_weights(layer, folder)
+        ]
+        steps = [build(self.ops[layer.op], weights, arrays) for weights in sets]
+        return steps, lambda outputs: {name: value.numpy() for name, value in zip(layer.outputs, outputs, strict=True)}
+
+
+def _forward_step(op, weights, arrays):
+    @tf.function(autograph=False)
+    def forward(x):
+        return (op(x, **weights),)
+
+    return lambda: forward(arrays["x"])
+
+
+def _backward_step(op, weights, arrays):
+    """Forward and backward; returning y and every gradient keeps the graph from pruning any of them."""
+
+    @tf.function(autograph=False)
+    def backward(x, dy):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = op(x, **weights)
+        return y, *tape.gradient(y, [x, *weights.values()], output_gradients=dy)
+
+    return lambda: backward(arrays["x"], arrays["dy"])
+
+
+def _stock_ops() -> dict:
+    def biased(y, bias):
+        return y if bias is None else tf.nn.bias_add(y, bias)
+
+    def separable(x, depthwise, pointwise, bias=None):
+        return biased(tf.nn.separable_conv2d(x, depthwise, pointwise, [1, 1, 1, 1], "SAME"), bias)
+
+    def depthwise(x, depthwise, bias=None):
+        return biased(tf.nn.depthwise_conv2d(x, depthwise, [1, 1, 1, 1], "SAME"), bias)
+
+    def pointwise(x, pointwise, bias=None):
+        return biased(tf.nn.conv2d(x, pointwise, 1, "SAME"), bias)
+
+    return {"separable": separable, "depthwise": depthwise, "pointwise": pointwise}
+
+
+def _our_ops() -> dict:
+    from fastsepconv.bridge import tensorflow as bridge
+
+    def separable(x, depthwise, pointwise, bias=None):
+        return bridge.separable_conv2d(x, depthwise, pointwise, bias, padding="same")
+
+    def depthwise(x, depthwise, bias=None):
+        return bridge.depthwise_conv2d(x, depthwise, bias, padding="same")
+
+    def pointwise(x, pointwise, bias=None):
+        return bridge.pointwise_conv2d(x, pointwise, bias)
+
+    return {"separable": separable, "depthwise": depthwise, "pointwise": pointwise}

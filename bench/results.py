@@ -1,0 +1,139 @@
+"""A run as JSON: the machine, the settings, and for each problem what each provider did."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from itertools import groupby
+from pathlib import Path
+from statistics import median
+
+from . import gate, machine, stats
+from .problems import Problem, to_dict
+from .providers import PROVIDERS
+from .race import Arena, Result
+
+OURS = "fastsepconv"
+FORMAT = 1
+
+
+def begin(arena: Arena, peak: dict[str, float]) -> dict:
+    """A run without problems yet."""
+    return {
+        "format": FORMAT,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine.describe(),
+        "threads": arena.threads,
+        "seed": arena.seed,
+        "peak_gflops": peak,
+        "budget": vars(arena.budget),
+        "versions": arena.versions,
+        "absent": arena.absent,
+        "baseline": _baseline(arena),
+        "problems": [],
+    }
+
+
+def _baseline(arena: Arena) -> str | None:
+    """Ours where it can run, else the first provider that can."""
+    present = [label for label in arena.labels if label not in arena.absent]
+    return OURS if OURS in present else next(iter(present), None)
+
+
+def record(problem: Problem, arena: Arena, results: list[Result], baseline: str | None) -> dict:
+    """One problem: per provider the times and, where the baseline was timed too, how many times longer it took."""
+    ours = next((result for result in results if result.provider == baseline and result.status == "timed"), None)
+    return to_dict(problem) | {
+        "name": problem.name,
+        "flops": arena.flops,
+        "others_share": round(arena.disturbance, 3),
+        "error_bound": gate.bound(problem),
+        "providers": {result.provider: _provider(result, arena.flops, ours) for result in results},
+    }
+
+
+def _provider(result: Result, flops: int, ours: Result | None) -> dict:
+    entry: dict = {"status": result.status}
+    if result.reason:
+        entry["reason"] = result.reason
+    if result.errors:
+        entry["largest_error"] = max(result.errors.values())
+    if result.status != "timed":
+        return entry
+    times = stats.summary(result.rounds)
+    entry |= {
+        "first_call_seconds": result.first_call_seconds,
+        "seconds": times,
+        "round_medians": [median(block) for block in result.rounds],
+        "gflops": flops / times["median"] / 1e9,
+    }
+    if ours is not None and ours is not result:
+        entry["times_baseline"] = stats.ratio(ours.rounds, result.rounds)
+    return entry
+
+
+def title(label: str) -> str:
+    """How a provider is called in tables; a second copy of one keeps its mark."""
+    name, mark, rest = label.partition("#")
+    return PROVIDERS[name].title + mark + rest
+
+
+def merge(runs: list[dict]) -> dict:
+    """Runs of the same machine, settings and versions as one. Raises ValueError where they differ."""
+    merged = dict(runs[0])
+    for run in runs[1:]:
+        for fact in ("machine", "threads", "baseline"):
+            _expect_same(fact, merged[fact], run[fact])
+        for label in run["versions"].keys() & merged["versions"].keys():
+            _expect_same(f"{label} versions", merged["versions"][label], run["versions"][label])
+        merged["versions"] = merged["versions"] | run["versions"]
+        merged["peak_gflops"] = machine.higher(merged["peak_gflops"], run["peak_gflops"])
+        merged["problems"] = merged["problems"] + run["problems"]
+    return merged
+
+
+def _expect_same(fact: str, first, second) -> None:
+    if first != second:
+        raise ValueError(
+            f"Invalid value for argument `runs`. Expected the same {fact} in all. Received: {first} and {second}"
+        )
+
+
+def share_of_peak(entry: dict, run: dict) -> float:
+    """A timed provider's arithmetic rate over the machine's, both with the run's number of threads."""
+    return entry["gflops"] / run["peak_gflops"][str(run["threads"])]
+
+
+def groups(run: dict) -> list[tuple[str, list[dict]]]:
+    """The problems of one suite, batch, pass and way of taking weights, under the name of the group."""
+    return [(name, list(records)) for name, records in groupby(run["problems"], key=_group)]
+
+
+def _group(record: dict) -> str:
+    kind = "network" if record["op"] == "network" else "layers"
+    words = [f"{record['suite']} {kind}", f"batch {record['batch']}", record["mode"]]
+    return ", ".join(words + ["weights rotated"] * (record.get("weight_sets", 1) > 1))
+
+
+def save(run: dict, path: Path) -> None:
+    path.write_text(json.dumps(_rounded(run), indent=1) + "\n")
+
+
+def load(path: Path) -> dict:
+    """Raises ValueError for a file that is no run."""
+    try:
+        run = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"Invalid value for argument `run`. Expected a run. Received: {path} ({error})") from error
+    if not isinstance(run, dict) or run.get("format") != FORMAT:
+        raise ValueError(f"Invalid value for argument `run`. Expected a run of format {FORMAT}. Received: {path}")
+    return run
+
+
+def _rounded(value):
+    """Six significant digits: more would only make the committed files long."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, list) else value

@@ -1,0 +1,131 @@
+"""The operations through `tf.numpy_function`, for a TensorFlow whose C API cannot be had.
+
+The same functions as in `tensorflow_ops`, differentiable to any order too. Slower: each call takes the GIL, and a
+graph that holds one can be neither saved nor sent elsewhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import cast
+
+import numpy as np
+import tensorflow as tf
+
+from .. import checks
+from ..kernels import cpu
+from ..kernels.geometry import Geometry, resolve
+from .multilinear import gradient_of_gradient
+from .static_shapes import by_name, output_shape, static_shape
+
+Attributes = tuple
+
+
+def forward(kind: str, operands: Sequence[tf.Tensor], bias: tf.Tensor | None, attributes: Attributes) -> tf.Tensor:
+    """The operation on channels-last tensors of one dtype, float32 or float64."""
+    named = by_name(attributes)
+    count = len(operands)
+    shapes = [static_shape(operand) for operand in operands]
+    shape = output_shape(shapes, None if bias is None else static_shape(bias), named)
+
+    @tf.custom_gradient
+    def operation(*inputs):
+        y = tf.numpy_function(
+            lambda *arrays: _forward(kind, arrays[:count], arrays[count:], named),
+            inputs, inputs[0].dtype, stateful=False,
+        )  # fmt: skip
+        y.set_shape(shape)
+
+        def gradient(dy):
+            gradients = backward(kind, inputs[:count], dy, attributes, [True] * count + [len(inputs) > count])
+            return gradients[: len(inputs)]
+
+        return y, gradient
+
+    return operation(*operands, *([] if bias is None else [bias]))
+
+
+def backward(
+    kind: str, operands: Sequence[tf.Tensor], dy: tf.Tensor, attributes: Attributes, wanted: Sequence[bool]
+) -> list[tf.Tensor | None]:
+    """The gradients of the operands and of the bias for the output's gradient dy; None for those not wanted."""
+    named = by_name(attributes)
+    chosen = [i for i, want in enumerate(wanted) if want]
+
+    @tf.custom_gradient
+    def operation(*inputs):
+        *operands, dy = inputs
+        gradients = tf.numpy_function(
+            lambda *arrays: _backward(kind, arrays[:-1], arrays[-1], named, wanted),
+            inputs, [dy.dtype] * len(chosen), stateful=False,
+        )  # fmt: skip
+        gradients = tf.nest.flatten(gradients)  # TensorFlow gives a single one without its list
+        for i, part in zip(chosen, gradients, strict=True):
+            part.set_shape(operands[i].shape if i < len(operands) else dy.shape[-1:])
+
+        def gradient(*upstream):
+            given: list = [None] * len(wanted)
+            for i, u in zip(chosen, upstream, strict=True):
+                given[i] = tf.broadcast_to(u, tf.shape(dy)) if i == len(operands) else u
+            return gradient_of_gradient(
+                lambda operands: forward(kind, operands, None, attributes),
+                lambda operands, dy, wanted: backward(kind, operands, dy, attributes, wanted),
+                operands, dy, given, [True] * len(inputs),
+            )  # fmt: skip
+
+        return gradients, gradient
+
+    gradients = dict(zip(chosen, tf.nest.flatten(operation(*operands, dy)), strict=True))
+    return [gradients.get(i) for i in range(len(wanted))]
+
+
+def _geometry(arrays: Sequence[np.ndarray], named: dict) -> Geometry:
+    top, bottom, left, right = named["padding"]
+    padding = "same" if named["same"] else ((top, bottom), (left, right))
+    return resolve(arrays[0].shape, arrays[1].shape, named["strides"], padding, named["dilations"])
+
+
+def _forward(kind: str, arrays: Sequence[np.ndarray], bias: Sequence[np.ndarray], named: dict) -> np.ndarray:
+    x, *kernels = (np.ascontiguousarray(array) for array in arrays)
+    added = np.ascontiguousarray(bias[0]) if bias else None
+    shapes = [array.shape for array in (x, *kernels)]
+    y = np.empty(cast(tuple[int, ...], output_shape(shapes, None if added is None else added.shape, named)), x.dtype)
+    if kind == "Depthwise":
+        cpu.depthwise_forward(_geometry(arrays, named), x, *kernels, added, y)
+    elif kind == "Separable":
+        depthwise, pointwise = kernels
+        cpu.separable_forward(_geometry(arrays, named), x, depthwise, _matrix(pointwise), added, y)
+    else:
+        cpu.pointwise_forward(_matrix(x), _matrix(kernels[0]), added, _matrix(y))
+    return y
+
+
+def _backward(
+    kind: str, arrays: Sequence[np.ndarray], dy: np.ndarray, named: dict, wanted: Sequence[bool]
+) -> list[np.ndarray]:
+    x, *kernels = (np.ascontiguousarray(array) for array in arrays)
+    dy = np.ascontiguousarray(dy)
+    expected = output_shape([x.shape, *(k.shape for k in kernels)], None, named)
+    if dy.shape != expected:
+        raise checks.invalid("dy", f"shape {expected}, that of the output", dy.shape, ".shape")
+    shapes = [x.shape, *(k.shape for k in kernels), dy.shape[-1:]]
+    gradients = [np.empty(shape, x.dtype) if want else None for shape, want in zip(shapes, wanted, strict=True)]
+    if kind == "Depthwise":
+        cpu.depthwise_backward(_geometry(arrays, named), x, *kernels, dy, *gradients)
+    elif kind == "Separable":
+        depthwise, pointwise = kernels
+        dx, d_depthwise, d_pointwise, d_bias = gradients
+        cpu.separable_backward(
+            _geometry(arrays, named), x, depthwise, _matrix(pointwise), dy,
+            dx, d_depthwise, _matrix(d_pointwise), d_bias,
+        )  # fmt: skip
+    else:
+        dx, d_kernel, d_bias = gradients
+        cpu.pointwise_backward(_matrix(x), _matrix(kernels[0]), _matrix(dy), _matrix(dx), _matrix(d_kernel), d_bias)
+    return [gradient for gradient in gradients if gradient is not None]
+
+
+def _matrix(array: np.ndarray | None) -> np.ndarray | None:
+    """A view `[rows, last size]` of a contiguous array."""
+    return None if array is None else array.reshape(math.prod(array.shape[:-1]), array.shape[-1])

@@ -1,0 +1,210 @@
+"""The ops as TensorFlow knows them: their definitions, and kernels that compile themselves when first needed.
+
+A kernel is registered with two functions. TensorFlow calls `create`, which is Python, once for each node that will
+run: it compiles what the node needs, or loads it from the disk, and writes the node's attributes into a block of
+memory, the state. It calls `compute`, which is machine code, at each run: that jumps to the compiled function, whose
+address is the state's first word. So an operation costs nothing until a node uses it, whatever made the node: this
+package, or a SavedModel.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from typing import NamedTuple
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core.compiler_lock import global_compiler_lock
+from numba.core.dispatcher import Dispatcher
+from numba.extending import intrinsic
+from tensorflow.python.framework import op_def_registry
+
+from .. import checks
+from ..kernels.cpu import threads
+from ..kernels.cpu.jit import callback
+from ..kernels.cpu.memory import view
+from . import tensorflow_kernels as kernels
+from . import tensorflow_shapes as shapes
+from .tensorflow_capi import CApi, Create, address_of, connect
+
+_CALLBACK = types.void(types.intp, types.intp)
+_TYPES = {1: np.float32, 2: np.float64}  # TF_FLOAT, TF_DOUBLE
+_MAX_ATTRIBUTE = 2**31 - 1
+
+
+class Attribute(NamedTuple):
+    """An attribute of integers, and where in a node's state it lies."""
+
+    word: int
+    length: int
+    least: int = 0
+
+    @property
+    def spec(self) -> str:
+        """Its type, as TensorFlow spells it."""
+        return "int" if self.length == 1 else f"list(int) >= {self.length}"
+
+
+_WINDOW = {
+    "strides": Attribute(kernels.STRIDES, 2, least=1),
+    "dilations": Attribute(kernels.DILATIONS, 2, least=1),
+    "same": Attribute(kernels.SAME, 1),
+    "padding": Attribute(kernels.PADDING, 4),
+}
+_WANTED = {"wanted": Attribute(kernels.WANTED, 1)}
+_BIAS = "bias: biases * T"
+
+
+class Definition(NamedTuple):
+    """An op: its inputs and outputs, all of dtype T, its attributes, and the functions behind it."""
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    attributes: dict[str, Attribute]
+    compute: Dispatcher
+    infer_shape: Dispatcher | None = None
+
+
+DEFINITIONS = {
+    "FastsepconvDepthwise": Definition(
+        ("x: T", "depthwise_kernel: T", _BIAS), ("y: T",), _WINDOW, kernels.depthwise_forward, shapes.depthwise
+    ),
+    "FastsepconvDepthwiseGrad": Definition(
+        ("x: T", "depthwise_kernel: T", "dy: T"),
+        ("d_x: T", "d_depthwise: T", "d_bias: T"),
+        _WINDOW | _WANTED,
+        kernels.depthwise_backward,
+    ),
+    "FastsepconvPointwise": Definition(
+        ("x: T", "pointwise_kernel: T", _BIAS), ("y: T",), {}, kernels.pointwise_forward, shapes.pointwise
+    ),
+    "FastsepconvPointwiseGrad": Definition(
+        ("x: T", "pointwise_kernel: T", "dy: T"),
+        ("d_x: T", "d_pointwise: T", "d_bias: T"),
+        _WANTED,
+        kernels.pointwise_backward,
+    ),
+    "FastsepconvSeparable": Definition(
+        ("x: T", "depthwise_kernel: T", "pointwise_kernel: T", _BIAS),
+        ("y: T",),
+        _WINDOW,
+        kernels.separable_forward,
+        shapes.separable,
+    ),
+    "FastsepconvSeparableGrad": Definition(
+        ("x: T", "depthwise_kernel: T", "pointwise_kernel: T", "dy: T"),
+        ("d_x: T", "d_depthwise: T", "d_pointwise: T", "d_bias: T"),
+        _WINDOW | _WANTED,
+        kernels.separable_backward,
+    ),
+}
+
+
+@intrinsic
+def _jump(typing_context, function, state, context_address):
+    def codegen(context, builder, signature, arguments):
+        word = context.get_value_type(types.intp)
+        kind = ir.FunctionType(ir.VoidType(), [word, word])
+        builder.call(builder.inttoptr(arguments[0], kind.as_pointer()), arguments[1:])
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp, types.intp), codegen
+
+
+@callback(_CALLBACK)
+def _compute(state, context):
+    _jump(view(np.int64, state, 1)[0], state, context)
+
+
+@functools.cache
+def _compiled(function: Dispatcher, dtype: type) -> int:
+    """Address of `function` compiled for `dtype`."""
+
+    def compute(state, context):
+        try:
+            function(dtype, state, context)
+        except Exception:
+            kernels.out_of_memory(context)
+
+    return callback(_CALLBACK)(compute).address
+
+
+@functools.cache
+def _compiled_shape(function: Dispatcher) -> int:
+    return callback(_CALLBACK)(function.py_func).address
+
+
+def compile_op(name: str, dtype: type) -> int:
+    """Compiles what the op `name` runs for `dtype`, or loads it from the disk; the address of the machine code."""
+    with global_compiler_lock:
+        threads.ensure_started()
+        return _compiled(DEFINITIONS[name].compute, dtype)
+
+
+def register() -> None:
+    """Registers all ops with TensorFlow, once a process.
+
+    Raises: OSError or AttributeError where this TensorFlow has no such C API; RuntimeError with its own words where
+    it does not take a definition.
+    """
+    api = connect()
+    threads.ensure_started()
+    for name, definition in DEFINITIONS.items():
+        if op_def_registry.get(name) is None:  # to define an op twice ends the process
+            _register_op(api, name, definition)
+            for code, dtype in _TYPES.items():
+                _register_kernel(api, name, definition, code, dtype)
+
+
+def _register_op(api: CApi, name: str, definition: Definition) -> None:
+    builder = api.NewOpDefinitionBuilder(name.encode())
+    for spec in definition.inputs:
+        api.OpDefinitionBuilderAddInput(builder, spec.encode())
+    for spec in definition.outputs:
+        api.OpDefinitionBuilderAddOutput(builder, spec.encode())
+    attributes = ["T: {float, double}"]
+    attributes += ["biases: int >= 0"] if _BIAS in definition.inputs else []
+    attributes += [f"{attribute}: {layout.spec}" for attribute, layout in definition.attributes.items()]
+    for spec in attributes:
+        api.OpDefinitionBuilderAddAttr(builder, spec.encode())
+    infer = definition.infer_shape
+    unknown = address_of(api.ShapeInferenceContextSetUnknownShape)
+    api.OpDefinitionBuilderSetShapeInferenceFunction(builder, _compiled_shape(infer) if infer else unknown)
+    api.checked(api.RegisterOpDefinition, builder)
+
+
+def _register_kernel(api: CApi, name: str, definition: Definition, code: int, dtype: type) -> None:
+    def create(construction):
+        try:
+            return _new_state(api, construction, compile_op(name, dtype), definition.attributes)
+        except BaseException as error:
+            api.fail_construction(construction, f"{name}: {error}")
+            return None
+
+    create = Create(create)
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(create))  # TensorFlow keeps it for good
+    builder = api.NewKernelBuilder(name.encode(), b"CPU", create, _compute.address, address_of(api.libc.free))
+    api.checked(api.KernelBuilder_TypeConstraint, builder, b"T", code)
+    api.checked(api.RegisterKernelBuilder, f"{name}/{dtype.__name__}".encode(), builder)
+
+
+def _new_state(api: CApi, construction: int, function: int, attributes: dict[str, Attribute]) -> int:
+    """A node's state, see tensorflow_kernels; TensorFlow frees it with the node, maybe after Python's end."""
+    words = np.zeros(kernels.STATE_WORDS, np.int64)
+    words[kernels.FUNCTION] = function
+    for attribute, (word, length, least) in attributes.items():
+        part = words[word : word + length]
+        if length == 1:
+            api.checked(api.OpKernelConstruction_GetAttrInt64, construction, attribute.encode(), part.ctypes.data)
+        else:
+            read = api.OpKernelConstruction_GetAttrInt64List
+            api.checked(read, construction, attribute.encode(), part.ctypes.data, length)
+        if part.min() < least or part.max() > _MAX_ATTRIBUTE:
+            raise checks.invalid(attribute, f"integers from {least} to 2**31-1", part.tolist())
+    state = api.libc.malloc(words.nbytes)
+    if not state:
+        raise MemoryError(f"{words.nbytes} bytes")
+    ctypes.memmove(state, words.ctypes.data, words.nbytes)
+    return state

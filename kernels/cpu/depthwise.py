@@ -1,0 +1,317 @@
+"""Depthwise convolution on the CPU, forward and backward.
+
+    y[n,p,q,c]      = clamp(bias[c] + sum over r, s of x[n, p*sh+r*dh-top, q*sw+s*dw-left, c] * kernel[r,s,c])
+    d_x[n,h,w,c]    = sum over r, s of dy[n,p,q,c] * kernel[r,s,c], (p, q) the output pixel that reads (h, w) at (r, s)
+    d_kernel[r,s,c] = sum over n, p, q of x[n, p*sh+r*dh-top, q*sw+s*dw-left, c] * dy[n,p,q,c]
+    d_bias[c]       = sum over n, p, q of dy[n,p,q,c]
+
+Addresses of C-contiguous channels-last float32 or float64 arrays. A depth multiplier M > 1 is served by repeating
+each input channel M times first. Taps that fall outside the image are skipped, not multiplied by zeros: along one
+line, the pixels whose taps are all inside go several at a time, the few at the borders one at a time with fewer taps.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from ..geometry import Geometry
+from .jit import kernel
+from .memory import address, ceil_div, keep, share, view
+from .microkernel import PIXELS, correlate_tile, depthwise_tile, lanes
+from .pointwise import add_groups, column_sums
+from .pool import parallel_kernel
+from .tiles import CHOSEN
+
+GRADIENT_GROUPS = 16  # partial sums of d_kernel: a constant, so that the result does not depend on the thread count
+BAND_BYTES = 192 * 1024  # lines worked on together stay in L2
+
+
+@kernel
+def inside(origin, step, count, size):
+    """The j in [first, last) of 0..count for which 0 <= origin + j*step < size. step is not 0."""
+    if step > 0:
+        first, last = ceil_div(-origin, step), (size - 1 - origin) // step + 1
+    else:
+        first, last = ceil_div(origin - size + 1, -step), origin // -step + 1
+    first = min(max(first, 0), count)
+    return first, max(first, min(last, count))
+
+
+@kernel
+def _span(
+    dtype, count, first, last, x, x_row, rows, origin, pixel_step, tap_step, taps, size, channels,
+    kernel, kernel_row, kernel_tap, bias, y, y_pixel, low, high,
+):  # fmt: skip
+    """Pixels first..last of a line, pixel i and tap j reading column `origin + i*pixel_step + j*tap_step` of x.
+
+    x is the address of column 0 in the line's first row of `size` columns, `channels` apart; y that of pixel `first`.
+    `count` channels are computed.
+    """
+    itemsize = np.empty(0, dtype).itemsize
+    head_first, head_last = inside(origin, pixel_step, last, size)
+    tail_first, tail_last = inside(origin + (taps - 1) * tap_step, pixel_step, last, size)
+    inner_first, inner_last = max(head_first, tail_first), min(head_last, tail_last)
+    i = first
+    while i < last:
+        column = origin + i * pixel_step
+        pixels, tap, tap_count = PIXELS, 0, taps
+        if i < inner_first or i + PIXELS > inner_last:
+            tap, tap_end = inside(column, tap_step, taps, size)
+            pixels, tap_count = 1, tap_end - tap
+        depthwise_tile(
+            dtype, pixels, count, rows, tap_count,
+            x + (column + tap * tap_step) * channels * itemsize, x_row, tap_step * channels, pixel_step * channels,
+            kernel + tap * kernel_tap * itemsize, kernel_row, kernel_tap,
+            bias, y + (i - first) * y_pixel * itemsize, y_pixel, low, high,
+        )  # fmt: skip
+        i += pixels
+
+
+@kernel
+def _forward_span(dtype, g, c, count, n, p, q_first, q_last, x, kernel, bias, y, y_pixel, low, high):
+    """Channels c .. c + count of output pixels q_first..q_last of line p of image n, from address y on."""
+    itemsize = np.empty(0, dtype).itemsize
+    line = g.width * g.channels
+    top = p * g.stride_height - g.pad_top
+    r_first, r_last = inside(top, g.dilation_height, g.kernel_height, g.height)
+    kernel_row = g.kernel_width * g.channels
+    x_line = (n * g.height + top + r_first * g.dilation_height) * line
+    _span(
+        dtype, count, q_first, q_last, x + (x_line + c) * itemsize, g.dilation_height * line, r_last - r_first,
+        -g.pad_left, g.stride_width, g.dilation_width, g.kernel_width, g.width, g.channels,
+        kernel + (r_first * kernel_row + c) * itemsize, kernel_row, g.channels,
+        bias + c * itemsize if bias != 0 else 0, y + c * itemsize, y_pixel, low, high,
+    )  # fmt: skip
+
+
+@kernel
+def channel_block(dtype):
+    """Channels taken at once, so that the lines which consecutive output lines share are still in L1."""
+    return CHOSEN.span * lanes(dtype)
+
+
+@kernel
+def forward_pixels(dtype, g, first, last, x, kernel, bias, y, y_pixel, low, high):
+    """Output pixels first..last, counted over all images, written `y_pixel` apart. Assumes: g.multiplier is 1."""
+    itemsize = np.empty(0, dtype).itemsize
+    step = channel_block(dtype)
+    for c in range(0, g.channels, step):  # a block of channels: what it reads of a few lines fits in L1
+        count = min(step, g.channels - c)
+        pixel = first
+        while pixel < last:  # the part of an output line that lies in first..last
+            line, q = pixel // g.out_width, pixel % g.out_width
+            q_last = min(g.out_width, q + last - pixel)
+            n, p = line // g.out_height, line % g.out_height
+            target = y + (pixel - first) * y_pixel * itemsize
+            _forward_span(dtype, g, c, count, n, p, q, q_last, x, kernel, bias, target, y_pixel, low, high)
+            pixel += q_last - q
+
+
+@kernel
+def _band(width, channels, itemsize):
+    """Lines of an image worked on together, all their channels: few enough to stay in L2."""
+    return max(1, BAND_BYTES // max(1, width * channels * itemsize))
+
+
+@parallel_kernel
+def forward_single(dtype, worker, workers, g, x, kernel, bias, y, low, high):
+    """A worker's share of the output lines. Assumes: g.multiplier is 1.
+
+    Parallel over: output lines.
+    """
+    itemsize = np.empty(0, dtype).itemsize
+    first, last = share(g.batch * g.out_height, worker, workers)
+    step = _band(g.out_width, g.channels, itemsize)
+    for line in range(first, last, step):
+        m0, m1 = line * g.out_width, min(line + step, last) * g.out_width
+        target = y + m0 * g.channels * itemsize
+        forward_pixels(dtype, g, m0, m1, x, kernel, bias, target, g.channels, low, high)
+
+
+@kernel
+def _taps_reaching(position, stride, dilation, taps):
+    """The taps j, output indices i with `i*stride + j*dilation == position`, which step evenly:
+    (first tap, tap step, taps, first output index, output index step). The indices may lie outside the output.
+    """
+    common = math.gcd(stride, dilation)
+    tap_step = stride // common
+    for tap in range(min(tap_step, taps)):
+        if (position - tap * dilation) % stride == 0:
+            return (
+                tap,
+                tap_step,
+                ceil_div(taps - tap, tap_step),
+                (position - tap * dilation) // stride,
+                -dilation // common,
+            )
+    return 0, tap_step, 0, 0, -dilation // common
+
+
+@kernel
+def _input_line(dtype, g, c, count, n, h, kernel, dy, d_x):
+    """Channels c .. c + count of line h of image n of d_x: one pass a column phase of the stride, no tap wasted."""
+    itemsize = np.empty(0, dtype).itemsize
+    low, high = dtype(-np.inf), dtype(np.inf)
+    line = g.out_width * g.channels
+    r, r_step, r_count, p, p_step = _taps_reaching(h + g.pad_top, g.stride_height, g.dilation_height, g.kernel_height)
+    row_first, row_last = inside(p, p_step, r_count, g.out_height)
+    r, p = r + row_first * r_step, p + row_first * p_step
+    for phase in range(min(g.stride_width, g.width)):
+        s, s_step, s_count, q, q_step = _taps_reaching(
+            phase + g.pad_left, g.stride_width, g.dilation_width, g.kernel_width
+        )
+        rows = row_last - row_first if s_count > 0 else 0
+        _span(
+            dtype, count, 0, ceil_div(g.width - phase, g.stride_width),
+            dy + ((n * g.out_height + p) * line + c) * itemsize, p_step * line, rows,
+            q, 1, q_step, s_count, g.out_width, g.channels,
+            kernel + ((r * g.kernel_width + s) * g.channels + c) * itemsize, r_step * g.kernel_width * g.channels,
+            s_step * g.channels, 0,
+            d_x + (((n * g.height + h) * g.width + phase) * g.channels + c) * itemsize, g.stride_width * g.channels,
+            low, high,
+        )  # fmt: skip
+
+
+@parallel_kernel
+def input_gradient(dtype, worker, workers, g, kernel, dy, d_x):
+    """A worker's share of the lines of d_x. Assumes: g.multiplier is 1.
+
+    Parallel over: input lines.
+    """
+    first, last = share(g.batch * g.height, worker, workers)
+    band = _band(g.width, g.channels, np.empty(0, dtype).itemsize)
+    step = channel_block(dtype)
+    for line in range(first, last, band):
+        for c in range(0, g.channels, step):
+            for i in range(line, min(line + band, last)):
+                _input_line(dtype, g, c, min(step, g.channels - c), i // g.height, i % g.height, kernel, dy, d_x)
+
+
+@kernel
+def _correlate(dtype, g, n_first, n_last, p_first, p_last, x, dy, d_kernel):
+    """Adds output lines p_first..p_last of images n_first..n_last to d_kernel, a tap at a time over what it reaches."""
+    itemsize = np.empty(0, dtype).itemsize
+    channels, step = g.channels, 2 * channel_block(dtype)
+    for c in range(0, channels, step):  # what a block of channels reads stays in L1 for all taps
+        for r in range(g.kernel_height):
+            top = r * g.dilation_height - g.pad_top
+            p0, p1 = inside(top, g.stride_height, p_last, g.height)
+            p0 = max(p0, p_first)
+            for s in range(g.kernel_width):
+                left = s * g.dilation_width - g.pad_left
+                q0, q1 = inside(left, g.stride_width, g.out_width, g.width)
+                x_pixel = (n_first * g.height + p0 * g.stride_height + top) * g.width + q0 * g.stride_width + left
+                dy_pixel = (n_first * g.out_height + p0) * g.out_width + q0
+                correlate_tile(
+                    dtype, min(step, channels - c), n_last - n_first, max(0, p1 - p0), q1 - q0,
+                    x + (x_pixel * channels + c) * itemsize,
+                    g.height * g.width * channels, g.stride_height * g.width * channels, g.stride_width * channels,
+                    dy + (dy_pixel * channels + c) * itemsize,
+                    g.out_height * g.out_width * channels, g.out_width * channels, channels,
+                    d_kernel + ((r * g.kernel_width + s) * channels + c) * itemsize,
+                )  # fmt: skip
+
+
+@parallel_kernel
+def _kernel_gradient(dtype, worker, workers, g, x, dy, sums):
+    """A worker's groups of output lines, each group summed into its own copy of d_kernel.
+
+    Parallel over: a fixed number of groups of output lines.
+    """
+    itemsize = np.empty(0, dtype).itemsize
+    line_bytes = (g.width * g.stride_height + g.out_width) * g.channels * itemsize
+    lines_at_once = max(1, BAND_BYTES // max(1, line_bytes))
+    first_group, last_group = share(GRADIENT_GROUPS, worker, workers)
+    for group in range(first_group, last_group):
+        out = sums + group * g.kernel_height * g.kernel_width * g.channels * itemsize
+        line, last = share(g.batch * g.out_height, group, GRADIENT_GROUPS)
+        while line < last:
+            n, p = line // g.out_height, line % g.out_height
+            images = min(last - line, lines_at_once) // g.out_height if p == 0 else 0
+            if images > 0:
+                _correlate(dtype, g, n, n + images, 0, g.out_height, x, dy, out)
+                line += images * g.out_height
+            else:
+                count = min(min(g.out_height - p, last - line), lines_at_once)
+                _correlate(dtype, g, n, n + 1, p, p + count, x, dy, out)
+                line += count
+
+
+@kernel
+def kernel_gradient(dtype, g, x, dy, d_kernel, accumulate, threads):
+    """Fills d_kernel, or adds to it with `accumulate`. Assumes: g.multiplier is 1."""
+    sums = np.zeros((GRADIENT_GROUPS, g.kernel_height * g.kernel_width * g.channels), dtype)
+    _kernel_gradient(dtype, threads, g, x, dy, address(sums))
+    add_groups(dtype, sums, d_kernel, accumulate)
+
+
+@kernel
+def single(g):
+    """The geometry of the same convolution over input channels repeated `multiplier` times: its multiplier is 1."""
+    return Geometry(
+        g.batch, g.height, g.width, g.channels * g.multiplier, 1, g.kernel_height, g.kernel_width,
+        g.stride_height, g.stride_width, g.dilation_height, g.dilation_width, g.pad_top, g.pad_left,
+        g.out_height, g.out_width,
+    )  # fmt: skip
+
+
+@kernel
+def repeat_channels(dtype, g, x):
+    """x with each channel repeated `multiplier` times, as a new array `[N*H*W*C*M]`."""
+    count = g.batch * g.height * g.width * g.channels
+    source = view(dtype, x, count)
+    repeated = np.empty(count * g.multiplier, dtype)
+    for i in range(count):
+        for m in range(g.multiplier):
+            repeated[i * g.multiplier + m] = source[i]
+    return repeated
+
+
+@kernel
+def sum_repeated(dtype, g, repeated, d_x):
+    """d_x[i] = sum over m of repeated[i*M + m]: the gradient of `repeat_channels`."""
+    target = view(dtype, d_x, g.batch * g.height * g.width * g.channels)
+    for i in range(target.size):
+        total = repeated[i * g.multiplier]
+        for m in range(1, g.multiplier):
+            total += repeated[i * g.multiplier + m]
+        target[i] = total
+
+
+@kernel
+def forward(dtype, g, x, kernel, bias, y, low, high, threads):
+    """Fills y `[N,P,Q,C*M]`. bias may be 0 (absent)."""
+    if g.multiplier == 1:
+        forward_single(dtype, threads, g, x, kernel, bias, y, low, high)
+    else:
+        repeated = repeat_channels(dtype, g, x)
+        forward_single(dtype, threads, single(g), address(repeated), kernel, bias, y, low, high)
+        keep(repeated)
+
+
+@kernel
+def _backward_single(dtype, g, x, kernel, dy, d_x, d_kernel, d_bias, threads):
+    if d_x != 0:
+        input_gradient(dtype, threads, g, kernel, dy, d_x)
+    if d_kernel != 0:
+        kernel_gradient(dtype, g, x, dy, d_kernel, False, threads)
+    if d_bias != 0:
+        column_sums(dtype, g.batch * g.out_height * g.out_width, g.channels, dy, d_bias, threads)
+
+
+@kernel
+def backward(dtype, g, x, kernel, dy, d_x, d_kernel, d_bias, threads):
+    """Fills d_x, d_kernel and d_bias for dy `[N,P,Q,C*M]`, each where its address is not 0."""
+    if g.multiplier == 1:
+        _backward_single(dtype, g, x, kernel, dy, d_x, d_kernel, d_bias, threads)
+    else:
+        repeated = repeat_channels(dtype, g, x)
+        d_repeated = np.empty(repeated.size if d_x != 0 else 0, dtype)
+        target = address(d_repeated) if d_x != 0 else 0
+        _backward_single(dtype, single(g), address(repeated), kernel, dy, target, d_kernel, d_bias, threads)
+        if d_x != 0:
+            sum_repeated(dtype, g, d_repeated, d_x)
+        keep(repeated)
+        keep(d_repeated)

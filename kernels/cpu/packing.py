@@ -1,0 +1,121 @@
+"""A pointwise kernel, or a block of dy, copied into the panels that `gemm_tile` reads.
+
+    panel[k*width + j] = source[k*row_stride + j*column_stride]      for j < columns, 0 for the others up to `width`
+
+One of the strides is 1: rows are copied as they lie, columns are transposed in registers a square at a time.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+from .jit import kernel
+from .memory import ceil_div, share
+from .microkernel import gemm_columns, vectors_of
+from .pool import parallel_kernel
+from .simd import Vectors, index
+from .tiles import CHOSEN
+
+
+@intrinsic
+def _copy_rows(typing_context, dtype, depth, columns, source, row_stride, panel):
+    """The panel of a source whose columns lie side by side."""
+
+    def codegen(context, builder, signature, arguments):
+        _, depth, columns, source, row_stride, panel = arguments
+        emit = vectors_of(builder, signature)
+        masks = [emit.mask(columns, j * emit.lanes) for j in range(CHOSEN.vectors)]
+        width = index(CHOSEN.vectors * emit.lanes)
+        with cgutils.for_range(builder, depth) as loop:
+            line = emit.at(emit.pointer(source), builder.mul(loop.index, row_stride))
+            target = emit.at(emit.pointer(panel), builder.mul(loop.index, width))
+            for j, mask in enumerate(masks):
+                emit.store(
+                    emit.load(emit.at(line, index(j * emit.lanes)), mask), emit.at(target, index(j * emit.lanes))
+                )
+        return context.get_dummy_value()
+
+    return types.void(dtype, *[types.intp] * 5), codegen
+
+
+@intrinsic
+def _transpose_columns(typing_context, dtype, depth, columns, source, column_stride, panel):
+    """The panel of a source whose rows lie side by side."""
+
+    def codegen(context, builder, signature, arguments):
+        _, depth, columns, source, column_stride, panel = arguments
+        emit = vectors_of(builder, signature)
+        lanes = index(emit.lanes)
+        with cgutils.for_range(builder, builder.sdiv(builder.add(depth, index(emit.lanes - 1)), lanes)) as loop:
+            k = builder.mul(loop.index, lanes)
+            rows_left = builder.sub(depth, k)
+            for first in range(0, CHOSEN.vectors * emit.lanes, emit.lanes):
+                _transpose_square(emit, k, rows_left, columns, first, source, column_stride, panel)
+        return context.get_dummy_value()
+
+    return types.void(dtype, *[types.intp] * 5), codegen
+
+
+def _transpose_square(emit: Vectors, k, rows_left, columns, first: int, source, column_stride, panel) -> None:
+    """Columns first .. first + lanes of rows k .. k + lanes: loaded a column a vector, stored a row a vector."""
+    builder = emit.builder
+    square = []
+    for j in range(first, first + emit.lanes):
+        inside = builder.icmp_signed("<", index(j), columns)
+        mask = emit.mask(builder.select(inside, rows_left, index(0)))
+        line = emit.at(emit.pointer(source), builder.add(builder.mul(column_stride, index(j)), k))
+        square.append(emit.load(line, mask))
+    for i, row in enumerate(_transposed(emit, square)):
+        with builder.if_then(builder.icmp_signed("<", index(i), rows_left)):
+            at = builder.mul(builder.add(k, index(i)), index(CHOSEN.vectors * emit.lanes))
+            emit.store(row, emit.at(emit.pointer(panel), builder.add(at, index(first))))
+
+
+def _transposed(emit: Vectors, square: list) -> list:
+    """The transpose of lanes x lanes elements: at each distance, pairs of vectors exchange their off-diagonal lanes."""
+    lanes, square = emit.lanes, list(square)
+    distance = 1
+    while distance < lanes:
+        own = [lane if not lane & distance else lanes + lane - distance for lane in range(lanes)]
+        other = [lane + distance if not lane & distance else lanes + lane for lane in range(lanes)]
+        masks = [ir.Constant(ir.VectorType(ir.IntType(32), lanes), pattern) for pattern in (own, other)]
+        for i in range(lanes):
+            if not i & distance:
+                pair = square[i], square[i | distance]
+                square[i], square[i | distance] = (emit.builder.shuffle_vector(*pair, mask) for mask in masks)
+        distance *= 2
+    return square
+
+
+@kernel
+def pack_panel(dtype, depth, columns, source, row_stride, column_stride, panel):
+    """Fills one panel. Assumes: one of the strides is 1."""
+    if column_stride == 1:
+        _copy_rows(dtype, depth, columns, source, row_stride, panel)
+    else:
+        _transpose_columns(dtype, depth, columns, source, column_stride, panel)
+
+
+@kernel
+def packed_length(dtype, depth, filters):
+    """Elements of a kernel `[depth,filters]` packed into panels."""
+    width = gemm_columns(dtype)
+    return ceil_div(filters, width) * width * depth
+
+
+@parallel_kernel
+def pack(dtype, worker, workers, depth, filters, source, row_stride, column_stride, target):
+    """A worker's share of the panels of a kernel `[depth,filters]` that has those strides.
+
+    Parallel over: panels.
+    """
+    itemsize = np.empty(0, dtype).itemsize
+    width = gemm_columns(dtype)
+    first, last = share(ceil_div(filters, width), worker, workers)
+    for panel in range(first, last):
+        columns = min(width, filters - panel * width)
+        at = source + panel * width * column_stride * itemsize
+        pack_panel(dtype, depth, columns, at, row_stride, column_stride, target + panel * width * depth * itemsize)

@@ -1,0 +1,191 @@
+"""Kernels that run on Numba's thread pool: `parallel_kernel` makes one of a function that does one worker's share.
+
+    @parallel_kernel
+    def _fill(dtype, worker, workers, length, y): ...       # one worker's share
+
+    _fill(dtype, threads, length, y)                        # in a compiled caller: all shares, on the pool
+
+Why not `prange`: each share is compiled once for a dtype and called by address, so that no caller, and no caller's
+caller, compiles its vector code again; two loops in a row are never fused into one; and nothing is taken for dead
+because an address hides who reads it. The pool is Numba's own, called as Numba's generated code calls it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import inspect
+import traceback
+from collections.abc import Callable
+
+import llvmlite.binding as llvm
+import numpy as np
+from llvmlite import ir
+from numba import typeof
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+from ..geometry import Geometry
+from . import threads
+from .jit import Callback
+
+_WORD = ir.IntType(64)
+_BYTES = ir.IntType(8).as_pointer()
+_GEOMETRY = typeof(Geometry(*[0] * len(Geometry._fields)))
+_DTYPES = {types.float32: np.float32, types.float64: np.float64}
+_shares: dict[bytes, tuple[ctypes.Array, Callback]] = {}
+
+
+def parallel_kernel(function: Callable) -> Callable:
+    """Compile `function(dtype, worker, workers, ...)`, a share of the work, to be called as `(dtype, threads, ...)`.
+
+    Parameters named `g` are a Geometry, `low` and `high` numbers of the dtype, all others integers.
+    The shares must not depend on each other: they may run one after another, on one thread.
+    """
+    names = list(inspect.signature(function).parameters)[3:]
+    for scalar in _DTYPES:
+        _register(function, scalar, names)
+
+    @intrinsic
+    def run(typing_context, dtype, threads, *arguments):
+        scalar = dtype.instance_type
+        parameters = _parameter_types(names, scalar)
+
+        def codegen(context, builder, signature, values):
+            dtype_value, workers, arguments = values
+            values = [dtype_value, workers, *cgutils.unpack_tuple(builder, arguments, len(parameters))]
+            _emit_run(
+                context, builder, _share_name(function, scalar), [dtype, types.intp, types.intp, *parameters], values
+            )
+            return context.get_dummy_value()
+
+        return types.void(dtype, types.intp, types.Tuple(parameters)), codegen
+
+    return run
+
+
+def _share_name(function: Callable, scalar: types.Float) -> str:
+    return f"fastsepconv:{function.__module__}.{function.__qualname__}:{scalar}"
+
+
+def _parameter_types(names: list[str], scalar: types.Float) -> list[types.Type]:
+    return [_GEOMETRY if name == "g" else scalar if name in ("low", "high") else types.intp for name in names]
+
+
+def _register(function: Callable, scalar: types.Float, names: list[str]) -> None:
+    """Give a share a cell for its address, 0 until it is compiled. Compiled callers know the cell by name."""
+    name = _share_name(function, scalar)
+    cell = (ctypes.c_int64 * 1)(0)
+    parameters = [types.NumberClass(scalar), types.intp, types.intp, *_parameter_types(names, scalar)]
+    options = {"error_model": "numpy"}
+    _shares[name.encode()] = cell, Callback(function, (tuple(parameters), types.void), locals={}, options=options)
+    llvm.add_symbol(name, ctypes.addressof(cell))
+
+
+@ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_char_p)
+def _compile_share(name: bytes) -> int:
+    """Compile the share of that name and fill its cell; returns its address, or 0 where that failed."""
+    cell, callback = _shares[name]
+    try:
+        cell[0] = callback.address
+    except Exception:  # the caller is compiled code, through which no Python exception passes: it raises its own
+        traceback.print_exc()
+    return cell[0]
+
+
+llvm.add_symbol("fastsepconv_compile_share", ctypes.cast(_compile_share, ctypes.c_void_p).value)
+
+
+def _emit_run(context, builder, name: str, argument_types: list[types.Type], values) -> None:
+    """Calls the share `name` once for each worker: on the pool where it may be used, else one after another."""
+    dtype, workers, *rest = values
+    share = _emit_address(context, builder, name)
+    fields = [share, workers, dtype, *rest]
+    packed_type = ir.LiteralStructType([field.type for field in fields])
+    packed = cgutils.alloca_once(builder, packed_type)
+    for i, field in enumerate(fields):
+        builder.store(field, cgutils.gep_inbounds(builder, packed, 0, i))
+    entry = _emit_entry(context, builder.module, name, argument_types, packed_type)
+
+    # the pool's protocol is that of NumPy's generalised ufuncs: argument i of worker w stands at args[i] + w*steps[i]
+    arguments = _emit_array(builder, _BYTES, [ir.Constant(_BYTES, None), builder.bitcast(packed, _BYTES)])
+    counts = _emit_array(builder, _WORD, [workers])
+    steps = _emit_array(builder, _WORD, [_WORD(1), _WORD(0)])
+    protocol = [builder.bitcast(pointer, _BYTES) for pointer in (arguments, counts, steps)]
+    no_data = ir.Constant(_BYTES, None)
+    mode = _emit_enter_pool(builder, workers)
+    with builder.if_else(builder.icmp_signed("!=", mode, _WORD(threads.SERIAL))) as (then, otherwise):
+        with then:
+            pool = _external(builder, "numba_parallel_for", ir.VoidType(), [_BYTES] * 5 + [_WORD] * 3)
+            builder.call(pool, [builder.bitcast(entry, _BYTES), *protocol, no_data, _WORD(0), _WORD(2), workers])
+            with builder.if_then(builder.icmp_signed("==", mode, _WORD(threads.EXCLUSIVE))):
+                builder.store_atomic(_WORD(0), _pool_cell(builder, threads.BUSY), "release", 8)
+        with otherwise:
+            builder.call(entry, [*protocol, no_data])
+
+
+def _emit_enter_pool(builder, workers):
+    """How this call may use the pool: one worker never, others as its mode says, an exclusive one only if free."""
+    wanted = builder.load_atomic(_pool_cell(builder, threads.MODE), "acquire", 8)
+    wanted = builder.select(builder.icmp_signed(">", workers, _WORD(1)), wanted, _WORD(threads.SERIAL))
+    mode = cgutils.alloca_once_value(builder, wanted)
+    with builder.if_then(builder.icmp_signed("==", wanted, _WORD(threads.EXCLUSIVE))):
+        busy = _pool_cell(builder, threads.BUSY)
+        found = builder.extract_value(builder.cmpxchg(busy, _WORD(0), _WORD(1), "acq_rel", "acquire"), 1)
+        builder.store(builder.select(found, wanted, _WORD(threads.SERIAL)), mode)
+    return builder.load(mode)
+
+
+def _pool_cell(builder, number: int):
+    return builder.gep(_external_word(builder, threads.CELLS_SYMBOL), [_WORD(number)])
+
+
+def _external_word(builder, name: str):
+    """A word of this process, known to compiled code by name, so that the code can be kept on the disk."""
+    word = builder.module.globals.get(name) or ir.GlobalVariable(builder.module, _WORD, name)
+    word.linkage = "external"
+    return word
+
+
+def _emit_address(context, builder, name: str):
+    """The share's address, from its cell; at the very first call the share is compiled."""
+    address = cgutils.alloca_once(builder, _WORD)
+    builder.store(builder.load_atomic(_external_word(builder, name), "acquire", 8), address)
+    with builder.if_then(builder.icmp_signed("==", builder.load(address), _WORD(0)), likely=False):
+        compile_share = _external(builder, "fastsepconv_compile_share", _WORD, [_BYTES])
+        text = context.insert_const_string(builder.module, name)
+        builder.store(builder.call(compile_share, [builder.bitcast(text, _BYTES)]), address)
+        with builder.if_then(builder.icmp_signed("==", builder.load(address), _WORD(0)), likely=False):
+            context.call_conv.return_user_exc(builder, RuntimeError, (f"{name} could not be compiled",))
+    return builder.load(address)
+
+
+def _emit_entry(context, module, name: str, argument_types: list[types.Type], packed_type):
+    """The function that the pool's threads call: workers first .. first + count, each with the packed arguments."""
+    arguments = [_BYTES] * 4  # args, dimensions, steps, data
+    entry = ir.Function(module, ir.FunctionType(ir.VoidType(), arguments), module.get_unique_name(f"{name}:entry"))
+    entry.linkage = "internal"
+    builder = ir.IRBuilder(entry.append_basic_block())
+    args = builder.bitcast(entry.args[0], _BYTES.as_pointer())
+    first = builder.ptrtoint(builder.load(args), _WORD)
+    packed = builder.bitcast(builder.load(builder.gep(args, [_WORD(1)])), packed_type.as_pointer())
+    count = builder.load(builder.bitcast(entry.args[1], _WORD.as_pointer()))
+    share, workers, dtype, *rest = (
+        builder.load(cgutils.gep_inbounds(builder, packed, 0, i)) for i in range(len(packed_type.elements))
+    )
+    values = [context.get_value_type(argument) for argument in argument_types]
+    share = builder.inttoptr(share, ir.FunctionType(ir.VoidType(), values).as_pointer())
+    with cgutils.for_range(builder, count) as loop:
+        builder.call(share, [dtype, builder.add(first, loop.index), workers, *rest])
+    builder.ret_void()
+    return entry
+
+
+def _emit_array(builder, element, values):
+    array = cgutils.alloca_once(builder, element, size=_WORD(len(values)))
+    for i, value in enumerate(values):
+        builder.store(value, builder.gep(array, [_WORD(i)]))
+    return array
+
+
+def _external(builder, name: str, result, arguments):
+    return cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, arguments), name)

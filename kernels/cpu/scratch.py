@@ -1,0 +1,115 @@
+"""Scratch memory that outlives the call that asked for it.
+
+A kernel wants the same few blocks at every call. Freed, they would go back to the system, and each call would begin
+with a page fault for every 4 KiB of them: 5 to 10 % of a small layer. So they are kept on a shelf, which any thread
+may take from and give to without a lock. The shelf holds as many blocks as were ever used at once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import llvmlite.binding as llvm
+import numpy as np
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
+
+from .jit import kernel
+from .microkernel import CACHE_LINE
+
+SHELF_PLACES = 64
+LARGEST_KEPT = 32 << 20  # bytes: a larger block is freed at once
+_HEADER = CACHE_LINE  # before the block: [the address that malloc gave, the block's size in bytes]
+_WORD = ir.IntType(64)
+
+_shelf = (ctypes.c_int64 * SHELF_PLACES)()
+llvm.add_symbol("fastsepconv_shelf", ctypes.addressof(_shelf))
+for _name in ("malloc", "free"):  # Python's names for the C library's, safe in any thread without the GIL
+    _function = getattr(ctypes.pythonapi, f"PyMem_Raw{_name.capitalize()}")
+    llvm.add_symbol(f"fastsepconv_{_name}", ctypes.cast(_function, ctypes.c_void_p).value)
+
+_malloc = types.ExternalFunction("fastsepconv_malloc", types.intp(types.intp))
+_free = types.ExternalFunction("fastsepconv_free", types.void(types.intp))
+
+
+@kernel
+def take(dtype, length):
+    """The address, on a cache line, of room for `length` elements with anything in them. Return it with `give`.
+
+    Raises:
+        MemoryError: there is none.
+    """
+    size = length * np.empty(0, dtype).itemsize
+    for place in range(SHELF_PLACES):
+        block = _exchange(place, 0)
+        if block != 0:
+            if _load(block - _HEADER + 8) >= size:
+                return block
+            _free(_load(block - _HEADER))  # too small now: the shelf forgets it for the larger one
+            break
+    start = _malloc(size + 2 * CACHE_LINE + _HEADER)
+    if start == 0:
+        raise MemoryError("no memory for a kernel's scratch space")
+    block = (start + _HEADER + CACHE_LINE - 1) // CACHE_LINE * CACHE_LINE
+    _store(block - _HEADER, start)
+    _store(block - _HEADER + 8, size)
+    return block
+
+
+@kernel
+def give(block):
+    """Returns what `take` gave."""
+    if _load(block - _HEADER + 8) <= LARGEST_KEPT:
+        for place in range(SHELF_PLACES):
+            if _put_where_empty(place, block):
+                return
+    _free(_load(block - _HEADER))
+
+
+def _place(builder, number):
+    shelf = builder.module.globals.get("fastsepconv_shelf") or ir.GlobalVariable(
+        builder.module, _WORD, "fastsepconv_shelf"
+    )
+    shelf.linkage = "external"
+    return builder.gep(shelf, [number])
+
+
+@intrinsic
+def _exchange(typing_context, place, block):
+    """Puts `block` in a place of the shelf and returns what was there."""
+
+    def codegen(context, builder, signature, arguments):
+        place, block = arguments
+        return builder.atomic_rmw("xchg", _place(builder, place), block, "acq_rel")
+
+    return types.intp(types.intp, types.intp), codegen
+
+
+@intrinsic
+def _put_where_empty(typing_context, place, block):
+    """Puts `block` in a place of the shelf if that is empty, and says whether it was."""
+
+    def codegen(context, builder, signature, arguments):
+        place, block = arguments
+        result = builder.cmpxchg(_place(builder, place), _WORD(0), block, "acq_rel", "monotonic")
+        return builder.extract_value(result, 1)
+
+    return types.boolean(types.intp, types.intp), codegen
+
+
+@intrinsic
+def _load(typing_context, address):
+    def codegen(context, builder, signature, arguments):
+        return builder.load(builder.inttoptr(arguments[0], _WORD.as_pointer()))
+
+    return types.intp(types.intp), codegen
+
+
+@intrinsic
+def _store(typing_context, address, value):
+    def codegen(context, builder, signature, arguments):
+        builder.store(arguments[1], builder.inttoptr(arguments[0], _WORD.as_pointer()))
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp), codegen

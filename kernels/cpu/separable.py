@@ -1,0 +1,134 @@
+"""Separable convolution on the CPU: the depthwise and the pointwise step fused, forward and backward.
+
+    mid[n,p,q,k]     = depthwise convolution of x, as in `depthwise`
+    y[n,p,q,f]       = clamp(bias[f] + sum over k of mid[n,p,q,k] * pointwise[k,f])
+    d_mid[n,p,q,k]   = sum over f of dy[n,p,q,f] * pointwise[k,f]
+    d_pointwise[k,f] = sum over n, p, q of mid[n,p,q,k] * dy[n,p,q,f]
+    d_x, d_depthwise = the gradients of the depthwise convolution for d_mid
+
+Forward, mid never leaves L2: a thread fills a block of its rows and multiplies it at once. Backward, mid is computed
+again rather than stored, a few images at a time, so the scratch memory does not grow with the batch.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..geometry import Geometry
+from . import depthwise as dw
+from . import gemm
+from . import pointwise as pw
+from .gemm import TILE_ROWS
+from .jit import kernel
+from .memory import address, fence, keep
+from .pool import parallel_kernel
+from .scratch import give, take
+
+BACKWARD_BYTES = 2 << 20  # mid of so many images at once, and d_mid, both still in cache when read; at least one image
+
+
+@parallel_kernel
+def _forward(dtype, worker, workers, g, filters, x, depthwise, pointwise, panels, start, y, low, high):
+    """A worker's share of y: the depthwise step fills a block in L2, the pointwise step empties it.
+
+    Parallel over: tiles of output pixels; where these are few, panels of filters too.
+    """
+    itemsize = np.empty(0, dtype).itemsize
+    pixels, depth = g.batch * g.out_height * g.out_width, g.channels
+    row = gemm.padded_row(dtype, depth)
+    first, last, f_first, f_last = gemm.work(dtype, pixels, filters, worker, workers)
+    step = gemm.block_tiles(dtype, depth, last - first)
+    streamed = gemm.past_caches(dtype, pixels, filters, y)
+    block = take(dtype, step * TILE_ROWS * row + gemm.panel_length(dtype, depth))
+    own = block + step * TILE_ROWS * row * itemsize
+    for tile in range(first, last, step):
+        m0, m1 = tile * TILE_ROWS, min(pixels, min(last, tile + step) * TILE_ROWS)
+        dw.forward_pixels(dtype, g, m0, m1, x, depthwise, 0, block, row, dtype(-np.inf), dtype(np.inf))
+        gemm.multiply_block(
+            dtype, m1 - m0, depth, filters, f_first, f_last, block, row, pointwise, filters, 1,
+            panels, own, start, y + m0 * filters * itemsize, streamed, low, high,
+        )  # fmt: skip
+    fence()
+    give(block)
+
+
+@kernel
+def _forward_single(dtype, g, filters, x, depthwise, pointwise, bias, y, low, high, threads):
+    """Fills y. Assumes: g.multiplier is 1."""
+    pixels, depth = g.batch * g.out_height * g.out_width, g.channels
+    packed = take(dtype, gemm.shared_length(dtype, pixels, depth, filters, threads))
+    zeros = np.zeros(filters, dtype)
+    start = bias if bias != 0 else address(zeros)
+    panels = gemm.shared_panels(dtype, pixels, depth, filters, pointwise, filters, 1, packed, threads)
+    _forward(dtype, threads, g, filters, x, depthwise, pointwise, panels, start, y, low, high)
+    keep(zeros)
+    give(packed)
+
+
+@kernel
+def forward(dtype, g, filters, x, depthwise, pointwise, bias, y, low, high, threads):
+    """Fills y `[N,P,Q,F]`. bias may be 0 (absent)."""
+    if g.multiplier == 1:
+        _forward_single(dtype, g, filters, x, depthwise, pointwise, bias, y, low, high, threads)
+    else:
+        repeated = dw.repeat_channels(dtype, g, x)
+        wide = dw.single(g)
+        _forward_single(dtype, wide, filters, address(repeated), depthwise, pointwise, bias, y, low, high, threads)
+        keep(repeated)
+
+
+@kernel
+def _images(g, count):
+    """The geometry of `count` images of g."""
+    return Geometry(
+        count, g.height, g.width, g.channels, g.multiplier, g.kernel_height, g.kernel_width,
+        g.stride_height, g.stride_width, g.dilation_height, g.dilation_width, g.pad_top, g.pad_left,
+        g.out_height, g.out_width,
+    )  # fmt: skip
+
+
+@kernel
+def _backward_single(dtype, g, filters, x, depthwise, pointwise, dy, d_x, d_depthwise, d_pointwise, threads):
+    """Fills what is wanted of d_x, d_depthwise, d_pointwise, some images at a time. Assumes: g.multiplier is 1."""
+    low, high = dtype(-np.inf), dtype(np.inf)
+    itemsize = np.empty(0, dtype).itemsize
+    pixels, depth = g.out_height * g.out_width, g.channels
+    images = min(g.batch, max(1, BACKWARD_BYTES // max(1, pixels * depth * itemsize)))
+    mid = take(dtype, 2 * images * pixels * depth)
+    d_mid = mid + images * pixels * depth * itemsize
+    for n in range(0, max(1, g.batch), max(1, images)):  # an empty batch passes once: its gradients are zero
+        part = _images(g, min(images, g.batch - n))
+        rows, accumulate = part.batch * pixels, n > 0
+        x_part, dy_part = x + n * g.height * g.width * depth * itemsize, dy + n * pixels * filters * itemsize
+        if d_pointwise != 0:
+            dw.forward_single(dtype, threads, part, x_part, depthwise, 0, mid, low, high)
+            pw.kernel_gradient(dtype, rows, depth, filters, mid, depth, dy_part, d_pointwise, accumulate, threads)
+        if d_x != 0 or d_depthwise != 0:
+            pw.multiply(dtype, rows, filters, depth, dy_part, pointwise, 1, filters, 0, d_mid, low, high, threads)
+        if d_x != 0:
+            d_x_part = d_x + n * g.height * g.width * depth * itemsize
+            dw.input_gradient(dtype, threads, part, depthwise, d_mid, d_x_part)
+        if d_depthwise != 0:
+            dw.kernel_gradient(dtype, part, x_part, d_mid, d_depthwise, accumulate, threads)
+    give(mid)
+
+
+@kernel
+def backward(dtype, g, filters, x, depthwise, pointwise, dy, d_x, d_depthwise, d_pointwise, d_bias, threads):
+    """Fills d_x, d_depthwise, d_pointwise and d_bias for dy `[N,P,Q,F]`, each where its address is not 0."""
+    if g.multiplier == 1:
+        _backward_single(dtype, g, filters, x, depthwise, pointwise, dy, d_x, d_depthwise, d_pointwise, threads)
+    else:
+        repeated = dw.repeat_channels(dtype, g, x)
+        d_repeated = np.empty(repeated.size if d_x != 0 else 0, dtype)
+        target = address(d_repeated) if d_x != 0 else 0
+        _backward_single(
+            dtype, dw.single(g), filters, address(repeated), depthwise, pointwise, dy,
+            target, d_depthwise, d_pointwise, threads,
+        )  # fmt: skip
+        if d_x != 0:
+            dw.sum_repeated(dtype, g, d_repeated, d_x)
+        keep(repeated)
+        keep(d_repeated)
+    if d_bias != 0:
+        pw.column_sums(dtype, g.batch * g.out_height * g.out_width, filters, dy, d_bias, threads)

@@ -1,0 +1,115 @@
+"""Explicit vector code for Numba: a small emitter of LLVM vector instructions.
+
+Numba leaves vectorisation to LLVM, which may settle for narrower registers than the CPU has. The micro-kernels
+say instead which registers they want: they are written with `Vectors`, inside `@intrinsic` functions.
+"""
+
+from __future__ import annotations
+
+from llvmlite import ir
+from numba.core import cgutils, types
+
+INDEX = ir.IntType(64)
+_BIT = ir.IntType(1)
+_LANE = ir.IntType(32)
+
+
+def index(value: int) -> ir.Constant:
+    """A 64-bit integer constant."""
+    return ir.Constant(INDEX, value)
+
+
+class Vectors:
+    """Emits instructions on vectors of one floating-point type at an IRBuilder's position.
+
+    Addresses are integers (as Numba passes them); offsets count elements. `fused` says whether the target has a
+    fused multiply-add: where it has not, `llvm.fma` would be a call into the C library, a hundred times slower.
+    """
+
+    def __init__(self, builder: ir.IRBuilder, dtype: types.NumberClass, vector_bytes: int, fused: bool):
+        self.builder = builder
+        self.element = ir.DoubleType() if dtype.instance_type == types.float64 else ir.FloatType()
+        self.itemsize = dtype.instance_type.bitwidth // 8
+        self.lanes = vector_bytes // self.itemsize
+        self.type = ir.VectorType(self.element, self.lanes)
+        self._suffix = f"v{self.lanes}f{8 * self.itemsize}"
+        self._fused = fused
+
+    def pointer(self, address):
+        """The element pointer at an integer address."""
+        return self.builder.inttoptr(address, self.element.as_pointer())
+
+    def at(self, pointer, offset):
+        """The pointer `offset` elements on."""
+        return self.builder.gep(pointer, [offset])
+
+    def zero(self):
+        return ir.Constant(self.type, [0.0] * self.lanes)
+
+    def register(self, name: str):
+        """A stack slot for one vector, which LLVM turns into a register."""
+        return cgutils.alloca_once(self.builder, self.type, name=name)
+
+    def splat(self, scalar):
+        """A vector with `scalar` in every lane."""
+        undefined = ir.Constant(ir.VectorType(scalar.type, self.lanes), ir.Undefined)
+        single = self.builder.insert_element(undefined, scalar, ir.Constant(_LANE, 0))
+        return self.builder.shuffle_vector(
+            single, undefined, ir.Constant(ir.VectorType(_LANE, self.lanes), [0] * self.lanes)
+        )
+
+    def broadcast(self, pointer):
+        """One element, loaded into every lane."""
+        return self.splat(self.builder.load(pointer, align=self.itemsize))
+
+    def mask(self, count, first: int = 0):
+        """A lane mask: lane i is on where `first + i < count`."""
+        lane_numbers = ir.Constant(ir.VectorType(INDEX, self.lanes), [first + i for i in range(self.lanes)])
+        return self.builder.icmp_signed("<", lane_numbers, self.splat(count))
+
+    def load(self, pointer, mask=None):
+        """One vector; lanes that are off read nothing and hold zero."""
+        vector = self.builder.bitcast(pointer, self.type.as_pointer())
+        if mask is None:
+            return self.builder.load(vector, align=self.itemsize)
+        function = self._declare("llvm.masked.load", self.type, [vector.type, _LANE, mask.type, self.type], ".p0")
+        return self.builder.call(function, [vector, ir.Constant(_LANE, self.itemsize), mask, self.zero()])
+
+    def store(self, value, pointer, mask=None):
+        """One vector; lanes that are off write nothing."""
+        vector = self.builder.bitcast(pointer, self.type.as_pointer())
+        if mask is None:
+            self.builder.store(value, vector, align=self.itemsize)
+            return
+        function = self._declare("llvm.masked.store", ir.VoidType(), [self.type, vector.type, _LANE, mask.type], ".p0")
+        self.builder.call(function, [value, vector, ir.Constant(_LANE, self.itemsize), mask])
+
+    def stream(self, value, pointer):
+        """One vector, written past the caches. Assumes: the pointer is a multiple of the vector's size."""
+        vector = self.builder.bitcast(pointer, self.type.as_pointer())
+        instruction = self.builder.store(value, vector, align=self.lanes * self.itemsize)
+        instruction.set_metadata("nontemporal", self.builder.module.add_metadata([ir.Constant(_LANE, 1)]))
+
+    def prefetch(self, pointer):
+        """Ask for the cache line at `pointer` in L2. Any address will do: a bad one is ignored."""
+        address = self.builder.bitcast(pointer, ir.IntType(8).as_pointer())
+        function = cgutils.get_or_insert_function(
+            self.builder.module, ir.FunctionType(ir.VoidType(), [address.type, _LANE, _LANE, _LANE]), "llvm.prefetch.p0"
+        )
+        self.builder.call(function, [address, *(ir.Constant(_LANE, flag) for flag in (0, 2, 1))])
+
+    def multiply_add(self, a, b, c):
+        """a*b + c, rounded once where the target can."""
+        if not self._fused:
+            return self.builder.fadd(self.builder.fmul(a, b), c)
+        return self.builder.call(self._declare("llvm.fma", self.type, [self.type] * 3), [a, b, c])
+
+    def clamp(self, value, low, high):
+        """min(max(value, low), high) with a NaN left alone: the comparisons are ordered."""
+        value = self.builder.select(self.builder.fcmp_ordered("<", value, low), low, value)
+        return self.builder.select(self.builder.fcmp_ordered(">", value, high), high, value)
+
+    def _declare(self, name: str, result, arguments, pointer_suffix: str = ""):
+        return cgutils.get_or_insert_function(
+            self.builder.module, ir.FunctionType(result, arguments), f"{name}.{self._suffix}{pointer_suffix}"
+        )

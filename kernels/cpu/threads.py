@@ -1,0 +1,219 @@
+"""The threads that the kernels run on: which pool, how many, and what a forked child may do.
+
+Numba offers three pools and takes the first that loads. They differ where it matters here, so the choice is prepared:
+
+tbb        Thread-safe, and its idle threads sleep. pip puts its library into the environment's lib folder, where no
+           loader looks, so it is loaded here by path before Numba asks for it.
+omp        Thread-safe. Its idle threads would spin and slow whatever runs next, TensorFlow most of all: it is told to
+           let them sleep.
+workqueue  Always there. It aborts the process when two threads call at once: one that finds it busy runs alone.
+
+A child forked after the pool was started runs on one thread: GNU OpenMP kills a child that calls it, and TBB hangs
+there now and then if another thread was using it. A child forked before gets a pool of its own.
+
+A choice of the user's own (NUMBA_THREADING_LAYER, NUMBA_THREADING_LAYER_PRIORITY) is followed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import importlib
+import importlib.metadata
+import numbers
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import llvmlite.binding
+import llvmlite.ir
+import numba
+from numba.core import types
+from numba.core.compiler_lock import global_compiler_lock
+from numba.extending import intrinsic
+from numba.np.ufunc import parallel
+
+NUM_THREADS_VARIABLE = "FASTSEPCONV_NUM_THREADS"
+CELLS_SYMBOL = "fastsepconv_pool"  # the name by which compiled code knows the cells below
+MODE, BUSY = 1, 2  # cell numbers; cell 0 is the number of threads
+SERIAL, SHARED, EXCLUSIVE = 0, 1, 2  # how the pool may be used: not at all, by any thread, by one thread at a time
+_TBB_LIBRARY = {"linux": "libtbb.so.12", "win32": "tbb12.dll", "darwin": "libtbb.12.dylib"}
+
+# What compiled code reads, in any thread, whatever module it lies in.
+_cells = (ctypes.c_int64 * 3)(0, SERIAL, 0)
+_started = False
+_pool_was_forked = False
+llvmlite.binding.add_symbol(CELLS_SYMBOL, ctypes.addressof(_cells))
+
+
+def layer() -> str:
+    """The pool in use, or the one that will be: "tbb", "omp" or "workqueue". Starts no thread.
+
+    Raises:
+        RuntimeError: the pool that NUMBA_THREADING_LAYER asks for is not there.
+    """
+    return numba.threading_layer() if parallel._is_initialized else _available_layer()
+
+
+def get_num_threads() -> int:
+    """How many threads a kernel is spread over. The default is Numba's; FASTSEPCONV_NUM_THREADS sets another.
+
+    Raises:
+        ValueError: FASTSEPCONV_NUM_THREADS does not hold an integer from 1 to the size of Numba's pool.
+    """
+    if _cells[0] == 0:
+        _cells[0] = _default_num_threads()
+    return _cells[0]
+
+
+def set_num_threads(n: int) -> None:
+    """Spread kernels over `n` threads from now on, in the whole process.
+
+    Raises:
+        TypeError, ValueError: `n` is not an integer from 1 to the size of Numba's pool.
+    """
+    if isinstance(n, bool) or not isinstance(n, numbers.Integral):
+        raise TypeError(_sentence("argument", "num_threads", n))
+    if not 1 <= n <= numba.config.NUMBA_NUM_THREADS:
+        raise ValueError(_sentence("argument", "num_threads", n))
+    _cells[0] = int(n)
+
+
+def ensure_started() -> None:
+    """Start the pool. Needed before machine code is loaded from the disk.
+
+    Raises:
+        ValueError, RuntimeError: as `get_num_threads` and `layer`.
+    """
+    global _started
+    get_num_threads()
+    if _started:
+        return
+    with global_compiler_lock:
+        if not _started:
+            layer()
+            parallel._launch_threads()
+            _cells[MODE] = _mode()
+            _started = True
+
+
+@intrinsic
+def current(typing_context):
+    """`get_num_threads()` for compiled code."""
+
+    def codegen(context, builder, signature, arguments):
+        cells = builder.module.globals.get(CELLS_SYMBOL)
+        cells = cells or llvmlite.ir.GlobalVariable(builder.module, llvmlite.ir.IntType(64), CELLS_SYMBOL)
+        return builder.load_atomic(cells, "monotonic", 8)
+
+    return types.int64(), codegen
+
+
+def describe() -> dict[str, object]:
+    """The state of the pool, as `doctor` tells it."""
+    return {
+        "layer": layer(),
+        "asked_for": str(numba.config.THREADING_LAYER),
+        "started": bool(parallel._is_initialized),
+        "threads": get_num_threads(),
+        "forked": _pool_was_forked,
+        "pool": numba.config.NUMBA_NUM_THREADS,
+        "idle_threads_spin": layer() == "omp" and os.environ.get("OMP_WAIT_POLICY", "").lower() == "active",
+    }
+
+
+def _mode() -> int:
+    if _pool_was_forked:
+        return SERIAL
+    return EXCLUSIVE if layer() == "workqueue" else SHARED
+
+
+def _default_num_threads() -> int:
+    text = os.environ.get(NUM_THREADS_VARIABLE, "").strip()
+    if not text:
+        return numba.config.NUMBA_NUM_THREADS
+    if not text.isdecimal() or not 1 <= int(text) <= numba.config.NUMBA_NUM_THREADS:
+        raise ValueError(_sentence("environment variable", NUM_THREADS_VARIABLE, text))
+    return int(text)
+
+
+def _sentence(kind: str, name: str, received: object) -> str:
+    return (
+        f"Invalid value for {kind} `{name}`. Expected an integer from 1 to {numba.config.NUMBA_NUM_THREADS}, "
+        f"the size of Numba's thread pool (NUMBA_NUM_THREADS sets it). Received: {name}={received!r}"
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def _available_layer() -> str:
+    for name in _candidates():
+        with contextlib.suppress(ImportError):
+            if name == "tbb":
+                _load_tbb()
+                parallel._check_tbb_version_compatible()
+            with _sleeping_when_idle():
+                importlib.import_module(f"numba.np.ufunc.{'workqueue' if name == 'workqueue' else name + 'pool'}")
+            return name
+    raise RuntimeError(
+        f"Numba's threading layer '{numba.config.THREADING_LAYER}' (NUMBA_THREADING_LAYER) cannot be loaded here. "
+        "Install the tbb package, or unset NUMBA_THREADING_LAYER."
+    )
+
+
+def _candidates() -> list[str]:
+    """The pools that Numba will try, in its order."""
+    openmp_survives_fork = not sys.platform.startswith("linux")
+    wanted = str(numba.config.THREADING_LAYER).lower()
+    return {
+        "default": list(numba.config.THREADING_LAYER_PRIORITY),
+        "safe": ["tbb"],
+        "threadsafe": ["tbb", "omp"],
+        "forksafe": ["tbb", "omp", "workqueue"] if openmp_survives_fork else ["tbb", "workqueue"],
+    }.get(wanted, [wanted])
+
+
+def _load_tbb() -> None:
+    """Load pip's TBB, so that the loader finds it under its name when Numba asks."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError, OSError, KeyError):
+        name = _TBB_LIBRARY[sys.platform]
+        for file in importlib.metadata.files("tbb") or []:
+            if file.name == name:
+                ctypes.CDLL(str(Path(str(file.locate())).resolve()))
+
+
+@contextlib.contextmanager
+def _sleeping_when_idle() -> Iterator[None]:
+    """While an OpenMP library loads, ask it for threads that sleep; only then does it read its environment."""
+    wishes = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
+    ours = {} if "OMP_WAIT_POLICY" in os.environ else {k: v for k, v in wishes.items() if k not in os.environ}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name in ours:
+            os.environ.pop(name, None)
+
+
+def _before_fork() -> None:
+    """A child must not inherit a lock that another thread holds: wait for compilations, then for LLVM's clean-up."""
+    global_compiler_lock.acquire()
+    llvmlite.binding.ffi.lib._lock.__enter__()
+
+
+def _after_fork() -> None:
+    llvmlite.binding.ffi.lib._lock.__exit__(None, None, None)
+    global_compiler_lock.release()
+
+
+def _after_fork_in_child() -> None:
+    global _pool_was_forked
+    _after_fork()
+    if parallel._is_initialized:
+        _pool_was_forked = True
+        _cells[MODE] = SERIAL
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)

@@ -1,0 +1,103 @@
+"""Which register tile this CPU gets: a table, each row with its reason, and the choice among them.
+
+A tile is a number of registers, so it follows from the vector width and the number of vector registers. The choice
+is made once, at import, from what Numba's compiler may use (the host, or the CPU named by NUMBA_CPU_NAME);
+FASTSEPCONV_TILE names one by hand, which is how each is tested on a single machine.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+import llvmlite.binding as llvm
+from numba.core import config
+from numba.core.registry import cpu_target
+
+
+class Tile(NamedTuple):
+    """The register blocking of the micro-kernels on one class of CPU."""
+
+    name: str
+    vector_bytes: int
+    fused: bool  # the CPU has a fused multiply-add
+    rows: tuple[int, ...]  # pointwise: rows of the output tile; the first is the fastest, the others serve remainders
+    vectors: int  # pointwise: vectors in a row of the output tile
+    pixels: int  # depthwise: output pixels at once
+    span: int  # depthwise: channel vectors at once
+    reason: str
+
+
+TILES = (
+    Tile(
+        "avx512", 64, True, (14, 12, 10, 8, 4, 2), 2, 4, 4,
+        "14x2 accumulators, 2 kernel vectors and a broadcast fill 31 of 32 registers; 16 loads feed 28 multiply-adds",
+    ),
+    Tile(
+        "avx2", 32, True, (6, 4, 2), 2, 3, 3,
+        "6x2 accumulators, 2 kernel vectors and a broadcast fill 15 of 16 registers",
+    ),
+    Tile(
+        "neon", 16, True, (8, 4, 2), 3, 4, 4,
+        "8x3 accumulators, 3 kernel vectors and a broadcast fill 28 of 32 registers",
+    ),
+    Tile(
+        "portable", 16, False, (4, 2), 2, 2, 2,
+        "4x2 accumulators leave some of 16 registers of 128 bits for products, where there is no fused multiply-add",
+    ),
+)  # fmt: skip
+
+_WANTED = {"avx512": "zmm", "avx2": "ymm", "neon": "fmla"}  # what the compiler must emit for the tile to make sense
+
+
+def _emits(vector_bytes: int, word: str) -> bool:
+    """Whether Numba's target compiles a fused multiply-add of that width to one instruction holding `word`."""
+    vector = f"<{vector_bytes // 4} x float>"
+    source = (
+        f"declare {vector} @llvm.fma.v{vector_bytes // 4}f32({vector}, {vector}, {vector})\n"
+        f"define {vector} @f({vector} %a, {vector} %b, {vector} %c) {{\n"
+        f"  %r = call {vector} @llvm.fma.v{vector_bytes // 4}f32({vector} %a, {vector} %b, {vector} %c)\n"
+        f"  ret {vector} %r\n}}\n"
+    )
+    name, features = target()
+    machine = llvm.Target.from_default_triple().create_target_machine(cpu=name, features=features)
+    assembly = machine.emit_assembly(llvm.parse_assembly(source))
+    lines = [line for line in assembly.splitlines() if word in line]
+    return any("fma" in line or "fmla" in line for line in lines)
+
+
+def target() -> tuple[str, str]:
+    """The CPU name and the feature string that Numba compiles for."""
+    codegen = cpu_target.target_context.codegen()
+    _, name, features = codegen.magic_tuple()
+    return name, features
+
+
+def _choose() -> Tile:
+    by_name = {tile.name: tile for tile in TILES}
+    wanted = os.environ.get("FASTSEPCONV_TILE", "")
+    if wanted and wanted not in by_name:
+        raise ValueError(
+            "Invalid value for environment variable `FASTSEPCONV_TILE`. "
+            f"Expected one of {', '.join(by_name)}. Received: FASTSEPCONV_TILE={wanted}"
+        )
+    usable = [tile for tile in TILES if tile.name == "portable" or _emits(tile.vector_bytes, _WANTED[tile.name])]
+    if not wanted:
+        return usable[0]
+    if by_name[wanted] not in usable:
+        raise ValueError(
+            "Invalid value for environment variable `FASTSEPCONV_TILE`. "
+            f"Expected a tile that {target()[0]} can run: {', '.join(tile.name for tile in usable)}. "
+            f"Received: FASTSEPCONV_TILE={wanted}"
+        )
+    return by_name[wanted]
+
+
+def explain() -> str:
+    """One sentence: the tile chosen, for which CPU, and why."""
+    how = "named by FASTSEPCONV_TILE" if os.environ.get("FASTSEPCONV_TILE") else "chosen"
+    cpu = config.CPU_NAME or target()[0]
+    return f"tile {CHOSEN.name} {how} for {cpu}: {CHOSEN.reason}"
+
+
+CHOSEN = _choose()

@@ -1,0 +1,63 @@
+"""The peak's loop does the arithmetic that it is credited with, in the vectors of the target."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+import numba
+import numpy as np
+import pytest
+
+from fastsepconv.bench import machine, peak
+
+
+def compiled(lanes, chains):
+    loop = peak._fma_loop(lanes, chains)
+
+    @numba.njit
+    def run(address, steps):
+        return loop(address, steps)
+
+    return run
+
+
+@pytest.mark.parametrize("steps", [1, 2, 1000])
+def test_every_chain_takes_every_step(steps):
+    lanes, chains = peak.vector_shape()
+    buffer = np.full(peak.BUFFER_VECTORS * lanes, 0.5, np.float32)
+    start = sum(range(chains))
+    assert compiled(lanes, chains)(buffer.ctypes.data, steps) == start + chains * steps * 0.25
+
+
+def test_the_loop_is_one_instruction_a_chain_and_spills_nothing():
+    lanes, chains = peak.vector_shape()
+    run = compiled(lanes, chains)
+    run(np.ones(peak.BUFFER_VECTORS * lanes, np.float32).ctypes.data, 1)
+    (assembly,) = run.inspect_asm().values()
+    if lanes == 4:
+        pytest.skip("the target has no vfmadd instructions")
+    register = {16: "zmm", 8: "ymm"}[lanes]
+    fused = re.findall(rf"vfmadd\d+ps\s+.*%{register}\d+", assembly)
+    assert fused and len(fused) % chains == 0, "in the function, and again where a wrapper inlines it"
+    assert not any("(%rsp)" in line for line in fused)
+
+
+def test_the_vectors_are_those_of_the_target():
+    environment = os.environ | {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx,+avx2,+fma"}
+    code = "from fastsepconv.bench import peak; print(*peak.vector_shape())"
+    answer = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert answer.stdout.split() == ["8", "12"]
+
+
+def test_the_peak_is_told_for_one_thread_and_for_all():
+    measured = machine.fma_peak(2)
+    assert measured.keys() == {"1", "2"} and min(measured.values()) > 0
+    assert machine.higher({"1": 2.0, "2": 3.0}, {"1": 1.0, "2": 4.0}) == {"1": 2.0, "2": 4.0}
+
+
+def test_the_machine_is_described():
+    facts = machine.describe()
+    assert facts["cpu"] and facts["cores"] == machine.available_cores() >= 1

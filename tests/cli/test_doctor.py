@@ -1,0 +1,138 @@
+"""`fastsepconv doctor`: what it says of a well machine, and of each thing that is not."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from fastsepconv.cli import doctor, main
+
+HIDE_TENSORFLOW = "sys.modules.update(tensorflow=None, keras=None)"
+NAMES = ["processor", "threads", "cache", "kernels", "backend", "tensorflow", "cuda"]
+
+
+def doctor_in_a_process(*arguments: str, before: str = "", **environment: str) -> subprocess.CompletedProcess:
+    code = f"import sys; {before}\nfrom fastsepconv.cli import main\nsys.exit(main({['doctor', *arguments]!r}))"
+    settings = {**os.environ, "COLUMNS": "80", **environment}
+    return subprocess.run(
+        [sys.executable, "-c", code], env=settings, capture_output=True, text=True, timeout=240, check=False
+    )
+
+
+def test_a_well_machine_in_json(capsys):
+    assert main(["doctor", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["well"] is True
+    assert list(document["checks"]) == NAMES
+    assert document["checks"]["kernels"]["details"]["relative_error"] < 1e-5
+    assert document["checks"]["threads"]["details"]["layer"] in ("tbb", "omp", "workqueue")
+    assert document["checks"]["tensorflow"]["details"]["path"] in ("c-api", "numpy_function")
+    assert document["versions"]["numba"]
+
+
+def test_the_screen_is_one_screen():
+    result = doctor_in_a_process()
+    assert result.returncode == 0, result.stdout + result.stderr
+    lines = result.stdout.splitlines()
+    assert len(lines) <= 24 and max(map(len, lines)) <= 80
+    assert "\033" not in result.stdout
+    assert lines[-1] == "All is well."
+    assert [line.split()[1] for line in lines if line.startswith(("ok", "note", "ill"))] == NAMES
+
+
+def test_the_package_alone_is_well():
+    hidden = "sys.modules.update(rich=None, matplotlib=None, sklearn=None)"
+    result = doctor_in_a_process("--json", before=f"{hidden}; {HIDE_TENSORFLOW}")
+    assert result.returncode == 0, result.stdout + result.stderr
+    tensorflow = json.loads(result.stdout)["checks"]["tensorflow"]
+    assert tensorflow["state"] == "note" and "fastsepconv[tensorflow]" in tensorflow["advice"]
+
+
+@pytest.mark.parametrize(
+    ("check", "setting"),
+    [
+        ("threads", {"FASTSEPCONV_NUM_THREADS": "-3"}),
+        ("processor", {"FASTSEPCONV_TILE": "pentium"}),
+        ("cache", {"FASTSEPCONV_CACHE_DIR": "/proc/nowhere"}),
+        ("backend", {"FASTSEPCONV_BACKEND": "abacus"}),
+    ],
+)
+def test_a_wrong_setting_is_named(check, setting):
+    result = doctor_in_a_process("--json", before=HIDE_TENSORFLOW, **setting)
+    assert result.returncode == 1
+    document = json.loads(result.stdout)
+    assert document["well"] is False
+    finding = document["checks"][check]
+    ((variable, _),) = setting.items()
+    assert finding["state"] == "ill" and variable in finding["text"]
+    texts = [finding["text"] for finding in document["checks"].values()]
+    assert sum("Invalid value" in text for text in texts) <= 1
+
+
+def test_what_could_be_better_is_a_note_and_no_illness():
+    settings = {"NUMBA_THREADING_LAYER": "workqueue", "FASTSEPCONV_BACKEND": "reference"}
+    result = doctor_in_a_process("--json", before=HIDE_TENSORFLOW, **settings)
+    assert result.returncode == 0
+    checks = json.loads(result.stdout)["checks"]
+    for name in ("threads", "backend"):
+        assert checks[name]["state"] == "note" and checks[name]["advice"]
+
+
+def test_a_kernel_that_computes_wrongly_is_an_illness(monkeypatch, capsys):
+    from fastsepconv.kernels import cpu
+
+    monkeypatch.setattr(cpu, "separable_forward", lambda g, x, d, p, bias, out: out.fill(1.0))
+    assert main(["doctor"]) == 1
+    out = capsys.readouterr().out
+    assert "cannot be trusted" in " ".join(out.split())
+    assert out.splitlines()[-1] == "Not well: kernels."
+
+
+class Driver:
+    """Stands for NVIDIA's driver library."""
+
+    def __init__(self, error=0, cards=("A card",)):
+        self.error, self.cards = error, cards
+
+    def cuInit(self, flags):
+        return self.error
+
+    def cuDriverGetVersion(self, version):
+        version._obj.value = 13020
+
+    def cuDeviceGetCount(self, count):
+        count._obj.value = len(self.cards)
+
+    def cuDeviceGetName(self, name, length, device):
+        name.value = self.cards[device].encode()
+
+
+@pytest.mark.parametrize(
+    ("driver", "expected"),
+    [
+        (Driver(), ("for CUDA 13.2", ["A card"])),
+        (Driver(cards=("One", "Two")), ("for CUDA 13.2", ["One", "Two"])),
+        (Driver(error=100), ("there, without a card", [])),
+        (Driver(error=3), ("cuInit fails with error 3", [])),
+        (OSError("no such library"), ("none", [])),
+    ],
+)
+def test_driver_and_cards_are_told(monkeypatch, driver, expected):
+    def load(name):
+        if isinstance(driver, OSError):
+            raise driver
+        return driver
+
+    monkeypatch.setattr(doctor.ctypes, "CDLL", load)
+    assert doctor._nvidia() == expected
+
+
+def test_help_shows_examples_and_exit_codes(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["doctor", "--help"])
+    out = capsys.readouterr().out
+    assert "examples:" in out and "something is not well" in out

@@ -1,0 +1,146 @@
+"""Which ways through the CPU kernels a case takes, told from its sizes by the kernels' own rules.
+
+The rules that are functions are called, at the tile in use; those that stand in the middle of a loop are repeated here.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fastsepconv.kernels.cpu import depthwise, gemm, microkernel, pointwise, separable, threads, tiles
+from fastsepconv.kernels.cpu.memory import ceil_div, share
+from fastsepconv.kernels.geometry import Geometry
+from tests.grid.cases import Case
+
+TILE = tiles.CHOSEN
+
+
+def paths(case: Case) -> set[str]:
+    """The names of the paths, forward and backward."""
+    dtype = np.dtype(case.dtype).type
+    g = depthwise.single.py_func(case.geometry)
+    workers = min(case.threads, threads.get_num_threads())
+    found = {
+        "pool" if workers > 1 else "serial",
+        "repeated channels" if case.depth_multiplier > 1 else "plain channels",
+    }
+    if g.batch == 0:
+        return found | {"empty batch"}
+    found |= _depthwise_paths(dtype, g)
+    pixels = g.batch * g.out_height * g.out_width
+    if case.operation == "depthwise_pointwise":
+        images = min(g.batch, max(1, separable.BACKWARD_BYTES // (pixels // g.batch * g.channels * dtype(0).itemsize)))
+        found |= {"backward in parts" if images < g.batch else "backward at once"}
+        found |= _product_paths(dtype, pixels, g.channels, case.filters, workers)
+        found |= _gradient_paths(dtype, images * pixels // g.batch, g.channels, case.filters)
+    elif case.operation == "pointwise_depthwise":
+        pixels = g.batch * g.height * g.width
+        found |= _product_paths(dtype, pixels, case.channels, case.filters, workers)
+        found |= _gradient_paths(dtype, pixels, case.channels, case.filters)
+    return found
+
+
+def _lanes(dtype) -> int:
+    return TILE.vector_bytes // dtype(0).itemsize
+
+
+def _depthwise_paths(dtype, g: Geometry) -> set[str]:
+    found = set()
+    inner_first, inner_last = 0, g.out_width
+    for tap in (0, g.kernel_width - 1):
+        first, last = depthwise.inside(tap * g.dilation_width - g.pad_left, g.stride_width, g.out_width, g.width)
+        inner_first, inner_last = max(inner_first, first), min(inner_last, last)
+    if inner_last - inner_first >= TILE.pixels:
+        found.add("depthwise: pixels together")
+        if (inner_last - inner_first) % TILE.pixels:
+            found.add("depthwise: inner pixels left over")
+    if inner_first > 0 or inner_last < g.out_width:
+        found.add("depthwise: border pixels")
+    block, lanes = depthwise.channel_block(dtype), _lanes(dtype)
+    found |= {"depthwise: several channel blocks"} if g.channels > block else set()
+    found |= {"depthwise: vectors together"} if g.channels >= block else set()
+    found |= {"depthwise: one vector"} if g.channels % block >= lanes else set()
+    found |= {"depthwise: part of a vector"} if g.channels % lanes else set()
+    return found | {f"depthwise gradient: {name}" for name in _kernel_gradient_parts(dtype, g)}
+
+
+def _kernel_gradient_parts(dtype, g: Geometry) -> set[str]:
+    """As `_kernel_gradient` of `depthwise` goes through its groups of lines."""
+    line_bytes = (g.width * g.stride_height + g.out_width) * g.channels * dtype(0).itemsize
+    at_once = max(1, depthwise.BAND_BYTES // line_bytes)
+    parts = set()
+    for group in range(depthwise.GRADIENT_GROUPS):
+        line, last = share(g.batch * g.out_height, group, depthwise.GRADIENT_GROUPS)
+        while line < last:
+            p = line % g.out_height
+            images = min(last - line, at_once) // g.out_height if p == 0 else 0
+            parts.add("whole images" if images else "part of an image")
+            line += images * g.out_height or min(g.out_height - p, last - line, at_once)
+    return parts
+
+
+def _product_paths(dtype, rows: int, depth: int, filters: int, workers: int) -> set[str]:
+    """Of y = x . kernel and of d_x = dy . kernel^T."""
+    return _forward_paths(dtype, rows, depth, filters, workers) | _forward_paths(dtype, rows, filters, depth, workers)
+
+
+def _forward_paths(dtype, rows: int, depth: int, filters: int, workers: int) -> set[str]:
+    width = TILE.vectors * _lanes(dtype)
+    row_parts = gemm._row_parts(rows, workers)
+    tile_count = ceil_div(gemm.ceil_div(rows, gemm.TILE_ROWS), row_parts)
+    found = {f"product: {'shared' if gemm._shares_panels(dtype, rows, depth, workers) else 'private'} panels"}
+    found |= {"product: several blocks"} if gemm.block_tiles(dtype, depth, tile_count) < tile_count else set()
+    found |= {f"product: {'rows' if row_parts == workers else 'filters'} split"} if workers > 1 else set()
+    found |= {"product: whole tile"} if rows >= gemm.TILE_ROWS and filters >= width else set()
+    found |= {f"product: {gemm.tile_height(rows % gemm.TILE_ROWS)} rows left over"} if rows % gemm.TILE_ROWS else set()
+    found |= {"product: columns left over"} if filters % width else set()
+    found |= {"product: several sums"} if depth > microkernel.SUMMED_AT_ONCE else set()
+    found |= {"product: past the caches"} if gemm.past_caches(dtype, rows, filters, 0) else set()
+    return found
+
+
+def _gradient_paths(dtype, rows: int, depth: int, filters: int) -> set[str]:
+    """Of d_kernel = x^T . dy."""
+    left_over = depth % gemm.TILE_ROWS
+    found = {"product gradient: several blocks"} if rows > pointwise.GRADIENT_BLOCK_ROWS else set()
+    if left_over:
+        copied = gemm.tile_height(left_over) > left_over
+        found.add(f"product gradient: last tile {'copied' if copied else 'read in place'}")
+    return found
+
+
+def every_path() -> set[str]:
+    """What a whole run has to take. On one core there is no pool, and nothing is split."""
+    heights = {gemm.tile_height(rows) for rows in range(1, gemm.TILE_ROWS)}
+    parallel = {"pool", "product: rows split", "product: filters split"} if threads.get_num_threads() > 1 else set()
+    return (
+        {f"product: {height} rows left over" for height in heights}
+        | parallel
+        | {
+            "serial",
+            "empty batch",
+            "plain channels",
+            "repeated channels",
+            "backward at once",
+            "backward in parts",
+            "depthwise: pixels together",
+            "depthwise: inner pixels left over",
+            "depthwise: border pixels",
+            "depthwise: several channel blocks",
+            "depthwise: vectors together",
+            "depthwise: one vector",
+            "depthwise: part of a vector",
+            "depthwise gradient: whole images",
+            "depthwise gradient: part of an image",
+            "product: private panels",
+            "product: shared panels",
+            "product: several blocks",
+            "product: whole tile",
+            "product: columns left over",
+            "product: several sums",
+            "product: past the caches",
+            "product gradient: several blocks",
+            "product gradient: last tile copied",
+            "product gradient: last tile read in place",
+        }
+    )

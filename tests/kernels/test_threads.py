@@ -1,0 +1,264 @@
+"""The thread pool: which one is taken, how many threads, and what a forked child may do.
+
+The pool is settled once a process, so each case runs in a process of its own.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from fastsepconv.kernels.cpu import threads
+
+HAS_TBB = importlib.util.find_spec("numba.np.ufunc.tbbpool") is not None and sys.platform == "linux"
+NOISE = "Unable to join threads to shut down before fork()"  # Numba's TBB layer says it on stdout
+LAYERS = ["tbb", "omp", "workqueue"]
+KERNEL = """
+    import numba, numpy as np, os, sys, threading
+    from numba import types
+    from fastsepconv.kernels.cpu import jit, threads
+    from fastsepconv.kernels.cpu.memory import view
+    from fastsepconv.kernels.cpu.pool import parallel_kernel
+
+    @parallel_kernel
+    def _double(dtype, worker, workers, length, x, y):
+        source, target = view(dtype, x, length), view(dtype, y, length)
+        for i in range(worker, length, workers):
+            target[i] = 2 * source[i]
+
+    @jit.kernel
+    def double(dtype, workers, length, x, y):
+        _double(dtype, workers, length, x, y)
+
+    def right(length=4096):
+        x = np.arange(float(length))
+        y = np.full(length, np.nan)
+        double(np.float64, threads.get_num_threads(), length, x.ctypes.data, y.ctypes.data)
+        return np.array_equal(y, 2 * x)
+"""
+FORK = """
+    import signal
+
+    def outcome_of_child(work):
+        pid = os.fork()
+        if pid == 0:
+            signal.alarm(60)  # a child that hangs dies of it
+            code = 3
+            try:
+                code = work()
+            finally:
+                os._exit(code)
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+"""
+
+
+def run(code: str, tmp_path, **environment: str) -> subprocess.CompletedProcess:
+    """Run `code` after the kernel `double`, as a file in a process of its own."""
+    script = tmp_path / "script.py"
+    script.write_text("".join(textwrap.dedent(part) for part in (KERNEL, FORK, code)))
+    kept = {
+        k: v for k, v in os.environ.items() if not k.startswith(("NUMBA_", "OMP_", "GOMP_", "KMP_", "FASTSEPCONV_"))
+    }
+    settings = {**kept, "FASTSEPCONV_CACHE_DIR": str(tmp_path / "cache"), "NUMBA_NUM_THREADS": "4", **environment}
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", str(script)]
+    return subprocess.run(command, env=settings, capture_output=True, text=True, timeout=240, check=False)
+
+
+def output(code: str, tmp_path, **environment: str) -> str:
+    """What `code` prints; it must end well and warn of nothing."""
+    result = run(code, tmp_path, **environment)
+    assert result.returncode == 0, result.stderr
+    assert "Warning" not in result.stderr, result.stderr
+    return "\n".join(line for line in result.stdout.splitlines() if line and not line.startswith(NOISE))
+
+
+@pytest.mark.skipif(not HAS_TBB, reason="this platform has no TBB from pip")
+def test_tbb_of_the_environment_is_found_and_taken_first(tmp_path):
+    assert output("print(threads.layer(), right(), numba.threading_layer())", tmp_path) == "tbb True tbb"
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_the_users_own_choice_is_followed(tmp_path, layer):
+    code = "print(threads.layer(), right(), numba.threading_layer())"
+    assert output(code, tmp_path, NUMBA_THREADING_LAYER=layer) == f"{layer} True {layer}"
+
+
+def test_the_users_own_order_is_followed(tmp_path):
+    order = "workqueue omp tbb"
+    assert output("print(threads.layer())", tmp_path, NUMBA_THREADING_LAYER_PRIORITY=order) == "workqueue"
+
+
+@pytest.mark.parametrize("missing", [["tbb"], ["tbb", "omp"]])
+def test_the_next_layer_is_taken_where_one_cannot_be_loaded(tmp_path, missing):
+    code = f"""
+        sys.modules.update({{f"numba.np.ufunc.{{name}}pool": None for name in {missing}}})
+        threads._available_layer.cache_clear()
+        print(threads.layer())
+    """
+    assert output(code, tmp_path) == ("workqueue" if "omp" in missing else "omp")
+
+
+def test_a_layer_asked_for_that_cannot_be_loaded_is_told(tmp_path):
+    code = """
+        sys.modules["numba.np.ufunc.tbbpool"] = None
+        threads._available_layer.cache_clear()
+        for ask in (threads.layer, threads.ensure_started):
+            try:
+                ask()
+            except RuntimeError as error:
+                print("NUMBA_THREADING_LAYER" in str(error))
+    """
+    assert output(code, tmp_path, NUMBA_THREADING_LAYER="threadsafe" if not HAS_TBB else "safe") == "True\nTrue"
+
+
+def test_openmp_threads_sleep_while_they_wait(tmp_path):
+    code = """
+        import time
+        right()
+        before = time.process_time()
+        time.sleep(0.5)
+        print(time.process_time() - before < 0.1, "OMP_WAIT_POLICY" in os.environ)
+    """
+    assert output(code, tmp_path, NUMBA_THREADING_LAYER="omp") == "True False"
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_many_threads_may_call_at_once(tmp_path, layer):
+    code = """
+        outcomes = []
+        callers = [threading.Thread(target=lambda: outcomes.extend(right() for _ in range(50))) for _ in range(4)]
+        [c.start() for c in callers]
+        [c.join() for c in callers]
+        print(len(outcomes), all(outcomes))
+    """
+    assert output(code, tmp_path, NUMBA_THREADING_LAYER=layer) == "200 True"
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_forked_child_computes(tmp_path, layer):
+    code = """
+        print(right())
+        print(outcome_of_child(lambda: 0 if right() and outcome_of_child(lambda: 0 if right() else 1) == 0 else 1))
+        print(right())
+    """
+    assert output(code, tmp_path, NUMBA_THREADING_LAYER=layer) == "True\n0\nTrue"
+
+
+def test_a_child_forked_after_openmp_was_started_by_others_computes(tmp_path):
+    code = """
+        import numba
+
+        @numba.njit(parallel=True)
+        def others(x):
+            for i in numba.prange(x.size):
+                x[i] = i
+
+        others(np.zeros(8))
+        print(numba.threading_layer(), outcome_of_child(lambda: 0 if right() else 1))
+    """
+    assert output(code, tmp_path, NUMBA_THREADING_LAYER="omp") == "omp 0"
+
+
+def test_a_child_forked_before_openmp_started_computes(tmp_path):
+    code = "print(threads.layer(), outcome_of_child(lambda: 0 if right() else 1))"
+    assert output(code, tmp_path, NUMBA_THREADING_LAYER="omp") == "omp 0"
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_child_forked_while_others_compute_and_compile(tmp_path, layer):
+    code = """
+        stop = threading.Event()
+
+        def compute():
+            while not stop.is_set():
+                right()
+
+        def compile_anew():
+            while not stop.is_set():
+                jit.kernel(lambda x: x + 1)(1)
+
+        print(right())
+        others = [threading.Thread(target=compute), threading.Thread(target=compile_anew)]
+        [o.start() for o in others]
+        work = lambda: 0 if right() and jit.kernel(lambda x: x + 2)(1) == 3 else 1
+        outcomes = [outcome_of_child(work) for _ in range(8)]
+        stop.set()
+        [o.join() for o in others]
+        print(outcomes)
+    """
+    assert output(code, tmp_path, NUMBA_THREADING_LAYER=layer) == f"True\n{[0] * 8}"
+
+
+def test_the_count_is_one_for_all_threads_and_for_compiled_code(tmp_path):
+    code = """
+        seen = []
+        ask = jit.kernel(lambda: threads.current())
+
+        def look():
+            seen.append((threads.get_num_threads(), ask()))
+
+        look()
+        threads.set_num_threads(3)
+        for place in (threading.Thread(target=look), threading.Thread(target=look)):
+            place.start()
+            place.join()
+        print(seen)
+    """
+    assert output(code, tmp_path) == "[(4, 4), (3, 3), (3, 3)]"
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_cached_callback_runs_on_the_pool_in_a_second_process(tmp_path, layer):
+    code = """
+        @jit.callback(types.intp(types.intp))
+        def ask(unused):
+            x, y = np.ones(8), np.zeros(8)
+            double(np.float64, threads.current(), 8, x.ctypes.data, y.ctypes.data)
+            return 2 * threads.current() + int(y.sum())
+
+        answers = []
+        caller = threading.Thread(target=lambda: answers.append(ask.ctypes(0)))
+        caller.start()
+        caller.join()
+        threads.set_num_threads(3)
+        print(*answers, ask.ctypes(0), jit.state()["compiled"] > 0)
+    """
+    assert output(code, tmp_path, NUMBA_THREADING_LAYER=layer) == "24 22 True"
+    assert output(code, tmp_path, NUMBA_THREADING_LAYER=layer) == "24 22 False"
+
+
+def test_the_environment_sets_the_count(tmp_path):
+    assert output("print(threads.get_num_threads())", tmp_path, FASTSEPCONV_NUM_THREADS="2") == "2"
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "5", "two", "1.5"])
+def test_a_wrong_count_in_the_environment_is_told(tmp_path, value):
+    result = run("threads.get_num_threads()", tmp_path, FASTSEPCONV_NUM_THREADS=value)
+    assert result.returncode == 1
+    sentence = (
+        rf"ValueError: Invalid value for environment variable `FASTSEPCONV_NUM_THREADS`\. Expected .* 1 to 4, .*{value}"
+    )
+    assert re.search(sentence, result.stderr), result.stderr
+
+
+@pytest.mark.parametrize(("value", "error"), [(0, ValueError), (-1, ValueError), (10**6, ValueError)])
+@pytest.mark.parametrize("kind", [int, "numpy"])
+def test_a_count_out_of_range_is_refused(value, error, kind):
+    import numpy as np
+
+    before = threads.get_num_threads()
+    with pytest.raises(error, match="Invalid value for argument `num_threads`"):
+        threads.set_num_threads(value if kind is int else np.int64(value))
+    assert threads.get_num_threads() == before
+
+
+@pytest.mark.parametrize("value", [True, 1.0, "1", None])
+def test_a_count_that_is_no_integer_is_refused(value):
+    with pytest.raises(TypeError, match="Invalid value for argument `num_threads`"):
+        threads.set_num_threads(value)

@@ -1,0 +1,137 @@
+"""What is installed, where, and what the two commands of the README find."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+FOLDERS = ["fastsepconv", *PROJECT["tool"]["setuptools"]["package-dir"].values()]
+
+
+def python(code: str, folder: Path, *options: str) -> str:
+    """What `code` prints, run in `folder`."""
+    result = subprocess.run(
+        [sys.executable, *options, "-c", code], cwd=folder, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def test_kernels_is_no_module_of_its_own(tmp_path):
+    code = """
+import importlib.util, sys
+import fastsepconv, fastsepconv.kernels.cpu, fastsepconv.kernels.reference
+print("kernels" in sys.modules, importlib.util.find_spec("kernels"), fastsepconv.kernels.__name__)
+"""
+    assert python(code, tmp_path) == "False None fastsepconv.kernels"
+
+
+def test_the_tests_themselves_import_kernels_under_its_name():
+    import fastsepconv.kernels.cpu  # noqa: F401
+
+    assert "kernels" not in sys.modules
+    assert str(ROOT) not in sys.path
+
+
+def test_every_package_of_the_tree_is_listed():
+    files = [file for folder in FOLDERS for file in (ROOT / folder).rglob("__init__.py")]
+    names = {".".join(file.parent.relative_to(ROOT).parts) for file in files}
+    inside = {name if name.startswith("fastsepconv") else f"fastsepconv.{name}" for name in names}
+    assert set(PROJECT["tool"]["setuptools"]["packages"]) == inside
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """A wheel, built from a copy of what is in the tree."""
+    folder = tmp_path_factory.mktemp("build")
+    ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    for name in FOLDERS:
+        shutil.copytree(ROOT / name, folder / "tree" / name, ignore=ignored)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder / "tree")
+    build = f"import setuptools.build_meta as b; print(b.build_wheel({str(folder)!r}))"
+    return folder / python(build, folder / "tree").splitlines()[-1]
+
+
+def test_the_wheel_holds_one_package_its_types_and_its_license(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.split("/")[0] for name in names}
+    assert tops == {"fastsepconv", f"fastsepconv-{PROJECT['project']['version']}.dist-info"}
+    assert {"fastsepconv/py.typed", "fastsepconv/kernels/geometry.py", "fastsepconv/kernels/cpu/jit.py"} <= set(names)
+    assert [name for name in names if name.endswith("licenses/LICENSE")]
+
+
+def test_the_wheel_works_where_it_is_unpacked(wheel, tmp_path):
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    code = f"""
+import sys
+sys.path.insert(0, {str(tmp_path / "site")!r})
+import fastsepconv, fastsepconv.kernels.cpu.jit as jit
+from fastsepconv.cli import main
+print(jit.__file__, fastsepconv.__file__, "kernels" in sys.modules)
+"""
+    site = tmp_path / "site" / "fastsepconv"
+    assert python(code, tmp_path) == f"{site / 'kernels' / 'cpu' / 'jit.py'} {site / '__init__.py'} False"
+
+
+def test_the_package_itself_needs_numpy_numba_and_a_thread_layer():
+    names = [re.match(r"[\w-]+", requirement)[0] for requirement in PROJECT["project"]["dependencies"]]
+    assert names == ["numpy", "numba", "tbb"]
+    assert {"tensorflow", "cuda", "torch", "jax", "demo", "bench"} <= set(PROJECT["project"]["optional-dependencies"])
+
+
+def test_no_version_is_pinned():
+    groups = PROJECT["project"]["optional-dependencies"], PROJECT["dependency-groups"]
+    requirements = [*PROJECT["project"]["dependencies"], *(r for group in groups for rs in group.values() for r in rs)]
+    assert not [r for r in requirements if isinstance(r, str) and "==" in r.split(";")[0]]
+
+
+needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+
+
+def make(*arguments: str, path: str | None = None) -> subprocess.CompletedProcess:
+    environment = {"PATH": path} if path else None
+    command = [shutil.which("make"), "-C", str(ROOT), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment)
+
+
+@needs_make
+def test_make_alone_tells_what_there_is():
+    result = make()
+    assert result.returncode == 0
+    assert {"demo", "test", "bench", "lint", "clean"} <= set(re.findall(r"^make (\w+)", result.stdout, re.MULTILINE))
+
+
+@needs_make
+@pytest.mark.parametrize("target", ["demo", "test"])
+def test_a_python_that_is_not_there_or_too_old_is_told(tmp_path, target):
+    old = tmp_path / "an old python"
+    old.write_text("#!/bin/sh\nexit 1\n")
+    old.chmod(0o755)
+    for python in ("/nowhere/python3", str(old)):
+        result = make(target, f"PYTHON={python}")
+        assert result.returncode != 0
+        assert f"PYTHON={python} is not a Python from 3.11 to 3.13" in result.stderr
+
+
+@needs_make
+def test_a_machine_without_python_is_told(tmp_path):
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name in ("sh", "cat", "cksum", "dirname"):
+        (tools / name).symlink_to(shutil.which(name))
+    command = [str(tools / "sh"), str(tmp_path / "scripts" / "setup.sh"), "demo"]
+    result = subprocess.run(command, env={"PATH": str(tools)}, capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode != 0
+    assert "no Python from 3.11 to 3.13 found" in result.stderr
