@@ -15,7 +15,7 @@ from collections.abc import Callable
 import llvmlite.binding
 from numba import types
 
-OK, INVALID_ARGUMENT, RESOURCE_EXHAUSTED, INTERNAL = 0, 3, 8, 13
+OK, CANCELLED, INVALID_ARGUMENT, RESOURCE_EXHAUSTED, INTERNAL = 0, 1, 3, 8, 13
 
 _SYMBOLS: list[str] = []
 
@@ -41,6 +41,7 @@ delete_tensor = _external("TF_DeleteTensor", _none, _address)
 output_type = _external("TF_ExpectedOutputDataType", _int, _address, _int)
 allocate_output = _external("TF_AllocateOutput", _address, _address, _int, _int, _address, _int, _size, _address)
 context_failure = _external("TF_OpKernelContext_Failure", _none, _address, _address)
+construction_failure = _external("TF_OpKernelConstruction_Failure", _none, _address, _address)
 
 _in_context = (_none, _address, _address)
 new_shape = _external("TF_NewShapeHandle", _address)
@@ -59,8 +60,6 @@ subshape = _external("TF_ShapeInferenceContextSubshape", *_in_context, _long, _l
 vector_of = _external("TF_ShapeInferenceContextVectorFromSize", _address, _address, _size)
 concatenate = _external("TF_ShapeInferenceContextConcatenateShapes", *_in_context, _address, _address, _address)
 
-Create = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)
-
 _pointer, _text, _c_int = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int
 _PYTHON_SIDE = {
     "TF_NewStatus": (_pointer,),
@@ -74,7 +73,7 @@ _PYTHON_SIDE = {
     "TF_OpDefinitionBuilderAddAttr": (None, _pointer, _text),
     "TF_OpDefinitionBuilderSetShapeInferenceFunction": (None, _pointer, _pointer),
     "TF_RegisterOpDefinition": (None, _pointer, _pointer),
-    "TF_NewKernelBuilder": (_pointer, _text, _text, Create, _pointer, _pointer),
+    "TF_NewKernelBuilder": (_pointer, _text, _text, _pointer, _pointer, _pointer),
     "TF_KernelBuilder_TypeConstraint": (None, _pointer, _text, _c_int, _pointer),
     "TF_RegisterKernelBuilder": (None, _text, _pointer, _pointer),
     "TF_OpKernelConstruction_GetAttrInt64": (None, _pointer, _text, _pointer, _pointer),

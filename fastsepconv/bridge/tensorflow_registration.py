@@ -1,18 +1,22 @@
 """The ops as TensorFlow knows them: their definitions, and kernels that compile themselves when first needed.
 
-A kernel is registered with two functions. TensorFlow calls `create`, which is Python, once for each node that will
-run: it compiles what the node needs, or loads it from the disk, and writes the node's attributes into a block of
-memory, the state. It calls `compute`, which is machine code, at each run: that jumps to the compiled function, whose
-address is the state's first word. So an operation costs nothing until a node uses it, whatever made the node: this
-package, or a SavedModel.
+A kernel is registered with two functions. TensorFlow calls `create` once for each node that will run: it compiles
+what the node needs, or loads it from the disk, and writes the node's attributes into a block of memory, the state. It
+calls `compute` at each run: that jumps to the compiled function, whose address is the state's first word. So an
+operation costs nothing until a node uses it, whatever made the node: this package, or a SavedModel.
+
+Both are machine code. `create` has Python do its work, but does not take Python's word for it: Ctrl-C may raise
+KeyboardInterrupt before the first line of a Python callback, and ctypes then returns whatever was in memory.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
+import llvmlite.binding
 import numpy as np
 from llvmlite import ir
 from numba import types
@@ -23,13 +27,14 @@ from tensorflow.python.framework import op_def_registry
 
 from .. import checks
 from ..kernels.cpu import threads
-from ..kernels.cpu.jit import callback
+from ..kernels.cpu.jit import Callback, callback
 from ..kernels.cpu.memory import view
 from . import tensorflow_kernels as kernels
 from . import tensorflow_shapes as shapes
-from .tensorflow_capi import CApi, Create, address_of, connect
+from .tensorflow_capi import CANCELLED, CApi, address_of, connect, construction_failure, delete_status, new_status
 
 _CALLBACK = types.void(types.intp, types.intp)
+_CREATE = types.intp(types.intp)
 _TYPES = {1: np.float32, 2: np.float64}  # TF_FLOAT, TF_DOUBLE
 _MAX_ATTRIBUTE = 2**31 - 1
 
@@ -118,6 +123,34 @@ def _compute(state, context):
     _jump(view(np.int64, state, 1)[0], state, context)
 
 
+_makers: list[Callable[[int], int | None]] = []
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_void_p, ctypes.POINTER(ctypes.c_int64))
+def _make_state(maker: int, construction: int, state: ctypes._Pointer) -> None:
+    state[0] = _makers[maker](construction) or 0
+
+
+llvmlite.binding.add_symbol("fastsepconv_make_state", address_of(_make_state))
+_make_state_in = types.ExternalFunction("fastsepconv_make_state", types.void(types.intp, types.intp, types.intp))
+
+
+def _create(maker: int) -> Callback:
+    """What TensorFlow calls to make a node's kernel, for the maker of that number."""
+
+    def create(construction):
+        state = np.zeros(1, np.int64)
+        _make_state_in(maker, construction, state.ctypes.data)
+        if state[0] == 0:  # an error that the maker has told already stands: TensorFlow keeps the first
+            status = new_status()
+            kernels.fail(status, CANCELLED, "interrupted while a kernel of fastsepconv was made", ())
+            construction_failure(construction, status)
+            delete_status(status)
+        return state[0]
+
+    return callback(_CREATE)(create)
+
+
 @functools.cache
 def _compiled(function: Dispatcher, dtype: type) -> int:
     """Address of `function` compiled for `dtype`."""
@@ -176,15 +209,15 @@ def _register_op(api: CApi, name: str, definition: Definition) -> None:
 
 
 def _register_kernel(api: CApi, name: str, definition: Definition, code: int, dtype: type) -> None:
-    def create(construction):
+    def make_state(construction):
         try:
             return _new_state(api, construction, compile_op(name, dtype), definition.attributes)
         except BaseException as error:
-            api.fail_construction(construction, f"{name}: {error}")
+            api.fail_construction(construction, f"{name}: {error or type(error).__name__}")
             return None
 
-    create = Create(create)
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(create))  # TensorFlow keeps it for good
+    _makers.append(make_state)
+    create = _create(len(_makers) - 1).address
     builder = api.NewKernelBuilder(name.encode(), b"CPU", create, _compute.address, address_of(api.libc.free))
     api.checked(api.KernelBuilder_TypeConstraint, builder, b"T", code)
     api.checked(api.RegisterKernelBuilder, f"{name}/{dtype.__name__}".encode(), builder)

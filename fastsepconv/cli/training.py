@@ -18,6 +18,7 @@ import numpy as np
 from fastsepconv.cli import checkpoint
 from fastsepconv.cli.console import CHECK_FAILED, INTERRUPTED, CommandError, Console
 from fastsepconv.cli.data import Dataset, Images, Source, scaled
+from fastsepconv.cli.interrupts import InterruptsBetweenSteps
 from fastsepconv.cli.progress import Compilation, TrainingBar
 from fastsepconv.cli.recipe import BEST, LAST, Recipe
 from fastsepconv.layers import FastSeparableConv2D
@@ -128,7 +129,7 @@ def train(
     steps = steps_per_epoch(len(dataset.train.x), recipe)
     began = time.perf_counter()
     compilation = Compilation()
-    with console.progress() as bars, compilation.shown(bars):
+    with console.progress() as bars, compilation.shown(bars), InterruptsBetweenSteps() as interrupts:
         if resume:
             model, state = checkpoint.load(out / LAST), checkpoint.training(out / LAST)
             if recipe.epochs != state["recipe"]["epochs"]:
@@ -138,7 +139,7 @@ def train(
             model = build(recipe, dataset.train.x.shape[1:], len(dataset.labels), steps)
             state = new_state(recipe, source, dataset, model)
         batches = Batches(dataset.train, recipe)
-        callbacks = [Checkpoints(batches, state, out), TrainingBar(bars, state, recipe.epochs, steps)]
+        callbacks = [interrupts, Checkpoints(batches, state, out), TrainingBar(bars, state, recipe.epochs, steps)]
         if tensorboard:
             callbacks.append(keras.callbacks.TensorBoard(out / "tensorboard", write_graph=False))
         try:
@@ -152,9 +153,11 @@ def train(
                 callbacks=callbacks,
                 verbose=0,
             )
+            probabilities = model.predict(
+                scaled(dataset.test.x), batch_size=recipe.batch_size, verbose=0, callbacks=[interrupts]
+            )
         except KeyboardInterrupt:
             raise CommandError(_interrupted(state, out), INTERRUPTED) from None
-        probabilities = model.predict(scaled(dataset.test.x), batch_size=recipe.batch_size, verbose=0)
     accuracy = float((probabilities.argmax(axis=1) == dataset.test.y).mean())
     return Outcome(model, state, probabilities, accuracy, compilation, time.perf_counter() - began)
 

@@ -81,15 +81,14 @@ def _register(function: Callable, scalar: types.Float, names: list[str]) -> None
     llvm.add_symbol(name, ctypes.addressof(cell))
 
 
-@ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_char_p)
-def _compile_share(name: bytes) -> int:
-    """Compile the share of that name and fill its cell; returns its address, or 0 where that failed."""
+@ctypes.CFUNCTYPE(None, ctypes.c_char_p)
+def _compile_share(name: bytes) -> None:
+    """Compile the share of that name and fill its cell, or leave it 0 where that fails or is interrupted."""
     cell, callback = _shares[name]
     try:
         cell[0] = callback.address
     except Exception:  # the caller is compiled code, through which no Python exception passes: it raises its own
         traceback.print_exc()
-    return cell[0]
 
 
 llvm.add_symbol("fastsepconv_compile_share", ctypes.cast(_compile_share, ctypes.c_void_p).value)
@@ -151,9 +150,10 @@ def _emit_address(context, builder, name: str):
     address = cgutils.alloca_once(builder, _WORD)
     builder.store(builder.load_atomic(_external_word(builder, name), "acquire", 8), address)
     with builder.if_then(builder.icmp_signed("==", builder.load(address), _WORD(0)), likely=False):
-        compile_share = _external(builder, "fastsepconv_compile_share", _WORD, [_BYTES])
+        compile_share = _external(builder, "fastsepconv_compile_share", ir.VoidType(), [_BYTES])
         text = context.insert_const_string(builder.module, name)
-        builder.store(builder.call(compile_share, [builder.bitcast(text, _BYTES)]), address)
+        builder.call(compile_share, [builder.bitcast(text, _BYTES)])
+        builder.store(builder.load_atomic(_external_word(builder, name), "acquire", 8), address)
         with builder.if_then(builder.icmp_signed("==", builder.load(address), _WORD(0)), likely=False):
             context.call_conv.return_user_exc(builder, RuntimeError, (f"{name} could not be compiled",))
     return builder.load(address)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -117,3 +119,26 @@ def test_an_error_leaves_the_next_call_whole():
         with pytest.raises(tf.errors.InvalidArgumentError):
             bridge.depthwise_conv2d(x, tf.ones((2, 2, 3, 1)))
         np.testing.assert_array_equal(bridge.depthwise_conv2d(x, kernel), np.full((1, 3, 3, 1), 4.0))
+
+
+def test_an_interrupt_where_a_kernel_is_made_is_a_tensorflow_error(monkeypatch):
+    """Ctrl-C raises before the first line of whatever Python function is called next; here, it was the maker."""
+
+    def interrupt(frame, event, argument):
+        if event == "call" and frame.f_code.co_name == "_make_state":
+            raise KeyboardInterrupt
+
+    def raised(unraisable):
+        ignored.append(unraisable.exc_type)
+
+    ignored = []
+    monkeypatch.setattr(sys, "unraisablehook", raised)
+    tensors = tf.ones((1, 5, 5, 3)), tf.ones((3, 3, 3, 1))
+    sys.setprofile(interrupt)
+    try:
+        with pytest.raises(tf.errors.CancelledError, match="interrupted while a kernel of fastsepconv was made"):
+            bridge.depthwise_conv2d(*tensors, padding=((1, 3), (2, 0)))
+    finally:
+        sys.setprofile(None)
+    assert ignored == [KeyboardInterrupt]
+    assert bridge.depthwise_conv2d(*tensors).shape == (1, 3, 3, 3)

@@ -18,6 +18,7 @@ import pytest
 from fastsepconv import FastSeparableConv2D
 from fastsepconv.cli import checkpoint, data, main
 from fastsepconv.cli.console import BAD_FILE, CHECK_FAILED, INTERRUPTED, USAGE, CommandError
+from fastsepconv.cli.interrupts import InterruptsBetweenSteps
 from fastsepconv.cli.recipe import Recipe
 from fastsepconv.cli.training import Batches, augmented, learning_rate
 
@@ -105,6 +106,17 @@ def test_a_run_that_was_interrupted_and_resumed_is_the_uninterrupted_run(images,
     assert main(["train", "--resume", "--out", str(broken)]) == 0
     assert main(["train", "--data", str(images), "--out", str(whole), *recipe]) == 0
     assert_same_run(broken, whole)
+
+
+def test_a_second_interrupt_does_not_wait():
+    with InterruptsBetweenSteps() as interrupts:
+        interrupts.on_train_batch_begin(0)
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            interrupts.on_train_batch_begin(1)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.fixture
