@@ -93,6 +93,19 @@ def channel_block(dtype):
 
 
 @kernel
+def input_range(g, first, last):
+    """The part of x, (first element, past the last), in whole lines, that output pixels first..last are made of."""
+    if first >= last:
+        return 0, 0
+    first_line, last_line = first // g.out_width, (last - 1) // g.out_width
+    top = first_line % g.out_height * g.stride_height - g.pad_top
+    bottom = last_line % g.out_height * g.stride_height - g.pad_top + (g.kernel_height - 1) * g.dilation_height
+    begin = first_line // g.out_height * g.height + min(max(top, 0), g.height)
+    end = last_line // g.out_height * g.height + min(max(bottom + 1, 0), g.height)
+    return begin * g.width * g.channels, end * g.width * g.channels
+
+
+@kernel
 def forward_pixels(dtype, g, first, last, x, kernel, bias, y, y_pixel, low, high):
     """Output pixels first..last, counted over all images, written `y_pixel` apart. Assumes: g.multiplier is 1."""
     itemsize = np.empty(0, dtype).itemsize

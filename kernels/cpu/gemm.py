@@ -17,8 +17,9 @@ from .microkernel import CACHE_LINE, GEMM_ROWS, gemm_columns, gemm_tile
 from .packing import pack, pack_panel, packed_length
 
 TILE_ROWS = GEMM_ROWS[0]
-BLOCK_BYTES = 720 * 1024  # a block of a that stays in an L2 of 1 MiB beside a panel of the kernel
-BLOCK_TILES = 32  # more rows than that would cost more in address translation than they save
+L1_PERIOD = 4096  # bytes: addresses so far apart share one set of L1, as its sets are counted by the page offset
+BLOCK_BYTES = 384 * 1024  # a block of a: an L2 of 1 MiB holds it, what the next is made of, and a panel of the kernel
+BLOCK_TILES = 12  # more rows than that would cost more in address translation than they save
 STREAMED_BYTES = 24 << 20  # an output larger than that is gone from the caches before anyone reads it
 LEAST_TILES = (
     8  # a worker with fewer tiles of rows would spend its time on reading the kernel: filters are split instead
@@ -27,12 +28,18 @@ LEAST_TILES = (
 
 @kernel
 def padded_row(dtype, depth):
-    """Elements from row to row of a block of a: whole cache lines, and never a multiple of 4 KiB.
+    """Elements from row to row of a block of a: an odd number of cache lines.
 
-    Rows a multiple of 4 KiB apart share one set of L1, which has fewer ways than the tile has rows.
+    Rows L1_PERIOD apart share one set of L1, which has fewer ways than the tile has rows.
     """
     line = CACHE_LINE // np.empty(0, dtype).itemsize
     return (ceil_div(depth, line) | 1) * line
+
+
+@kernel
+def rows_collide(dtype, depth):
+    """Whether rows of `depth` elements, one behind the other, are better copied into padded ones."""
+    return depth * np.empty(0, dtype).itemsize % (L1_PERIOD // 2) == 0
 
 
 @kernel
@@ -83,22 +90,28 @@ def block_tiles(dtype, depth, tiles):
 
 
 @kernel
-def _shares_panels(dtype, rows, depth, workers):
-    """Whether packed panels serve several blocks. If each serves one, a worker packs its own, in its L2, as it goes."""
+def _shares_panels(dtype, rows, depth, column_stride, workers):
+    """Whether the kernel is packed beforehand: if packing means transposing, and each panel serves several blocks.
+
+    Otherwise a worker packs its own, in its L2, as it goes, which costs next to nothing.
+    """
+    if column_stride == 1:
+        return False
     tiles = ceil_div(ceil_div(rows, TILE_ROWS), _row_parts(rows, workers))
     return tiles > _most_tiles(dtype, depth)
 
 
 @kernel
-def shared_length(dtype, rows, depth, filters, workers):
+def shared_length(dtype, rows, depth, filters, column_stride, workers):
     """Elements of scratch memory that `shared_panels` wants."""
-    return packed_length(dtype, depth, filters) if _shares_panels(dtype, rows, depth, workers) else 0
+    shared = _shares_panels(dtype, rows, depth, column_stride, workers)
+    return packed_length(dtype, depth, filters) if shared else 0
 
 
 @kernel
 def shared_panels(dtype, rows, depth, filters, kernel, row_stride, column_stride, packed, workers):
     """The address `packed` with the kernel packed there, or 0 where each worker packs its own."""
-    if not _shares_panels(dtype, rows, depth, workers):
+    if not _shares_panels(dtype, rows, depth, column_stride, workers):
         return 0
     pack(dtype, workers, depth, filters, kernel, row_stride, column_stride, packed)
     return packed
@@ -113,29 +126,67 @@ def past_caches(dtype, rows, filters, y):
 
 
 @kernel
+def _lines(dtype, columns):
+    """Cache lines that so many elements touch, wherever they begin."""
+    return ceil_div(columns * np.empty(0, dtype).itemsize, CACHE_LINE) + 1
+
+
+@kernel
+def _multiply_panel(
+    dtype, rows, depth, filters, columns, a, a_row, tail, b, b_step, panel, next_b, next_step, ahead, ahead_step,
+    start, y, past_caches, low, high,
+):  # fmt: skip
+    """One panel of filters: tiles of rows pass it, each in L1 for its depth. The first packs b into `panel`, if not 0.
+
+    Of what comes next the first tiles ask for the next panel, a column of lines each, and the others for `ahead`.
+    """
+    itemsize = np.empty(0, dtype).itemsize
+    line, lines = CACHE_LINE // itemsize, _lines(dtype, gemm_columns(dtype))
+    packed = panel
+    for m in range(0, rows, TILE_ROWS):
+        height, tile = min(TILE_ROWS, rows - m), m // TILE_ROWS
+        wanted, step = next_b + tile * CACHE_LINE, next_step
+        if tile >= lines:
+            wanted, step = ahead + (tile - lines) * depth * ahead_step * itemsize, ahead_step
+        block = a + m * a_row * itemsize if height == TILE_ROWS or tail == 0 else tail
+        gemm_tile(
+            dtype, tile_height(height), height, columns, depth, block, a_row, 1, b, b_step, packed, wanted, step,
+            start, 0, y + m * filters * itemsize, filters, past_caches, low, high,
+        )  # fmt: skip
+        if packed != 0:
+            b, b_step, packed = panel, gemm_columns(dtype), 0
+
+
+@kernel
 def multiply_block(
-    dtype, rows, depth, filters, f_first, f_last, a, a_row, kernel, row_stride, column_stride,
-    panels, own, start, y, past_caches, low, high,
+    dtype, rows, depth, filters, f_first, f_last, a, a_row, tail, kernel, row_stride, column_stride,
+    panels, own, start, y, past_caches, ahead, ahead_length, low, high,
 ):  # fmt: skip
     """Filters f_first..f_last of y for a block of rows; y is the address of its first row.
 
-    Assumes: a is readable up to a whole tile past its last row; `own` has room for a panel if `panels` is 0.
+    The kernel lies in packed `panels`, or is packed into `own`, which has room for one, as it is used. Meanwhile the
+    `ahead_length` elements at `ahead` are brought into L2.
+
+    Assumes: a is readable up to a whole tile past its last row, or its last, smaller tile is at `tail` as well.
     """
     itemsize = np.empty(0, dtype).itemsize
-    width = gemm_columns(dtype)
-    for f in range(f_first, f_last, width):  # a panel of the kernel is brought into L2 once
+    width, line = gemm_columns(dtype), CACHE_LINE // itemsize
+    tiles_ahead = max(0, ceil_div(rows, TILE_ROWS) - _lines(dtype, width))
+    calls = ceil_div(f_last - f_first, width) * tiles_ahead
+    step_ahead = min(line, ceil_div(ahead_length, max(1, calls * depth)))
+    for f in range(f_first, f_last, width):
         columns = min(width, filters - f)
-        panel, next_step = panels + f * depth * itemsize, width
-        next_panel = panel + width * depth * itemsize
+        source, past = kernel + f * column_stride * itemsize, ahead + ahead_length * itemsize
+        b, b_step, panel = panels + f * depth * itemsize, width, 0
+        next_b, next_step = b + width * depth * itemsize, width
         if panels == 0:
-            source = kernel + f * column_stride * itemsize
-            panel, next_panel, next_step = own, source + width * column_stride * itemsize, row_stride
-            pack_panel(dtype, depth, columns, source, row_stride, column_stride, own)
-        for m in range(0, rows, TILE_ROWS):  # tiles of rows pass it; each stays in L1 for its depth
-            height = min(TILE_ROWS, rows - m)
-            gemm_tile(
-                dtype, tile_height(height), height, columns, depth,
-                a + m * a_row * itemsize, a_row, 1, panel, width, next_panel, next_step,
-                start + f * itemsize, 0, y + (m * filters + f) * itemsize, filters, past_caches, low, high,
-            )  # fmt: skip
-            next_panel, next_step = panel, 0  # once is enough
+            b, b_step, panel = source, row_stride, own
+            next_b, next_step = source + width * column_stride * itemsize, row_stride
+            if column_stride != 1 or columns < width:
+                pack_panel(dtype, depth, columns, source, row_stride, column_stride, own)
+                b, b_step, panel = own, width, 0
+        _multiply_panel(
+            dtype, rows, depth, filters, columns, a, a_row, tail, b, b_step, panel, next_b, next_step,
+            ahead, step_ahead if ahead < past else 0, start + f * itemsize, y + f * itemsize, past_caches, low, high,
+        )  # fmt: skip
+        ahead += tiles_ahead * depth * step_ahead * itemsize

@@ -19,7 +19,7 @@ from .tiles import CHOSEN
 GEMM_ROWS = CHOSEN.rows
 CACHE_LINE = 64
 SUMMED_AT_ONCE = (
-    128  # products in a running sum: its rounding error grows with its length, the error of sums of sums less
+    256  # products in a running sum: its rounding error grows with its length, the error of sums of sums less
 )
 PIXELS = CHOSEN.pixels
 
@@ -52,13 +52,14 @@ def gemm_columns(typing_context, dtype):
 @intrinsic
 def gemm_tile(
     typing_context, dtype, tile_rows, rows, columns, depth,
-    a, a_row, a_step, b, b_step, next_b, next_step, start, start_row, c, c_row, past_caches, low, high,
+    a, a_row, a_step, b, b_step, panel, ahead, ahead_step, start, start_row, c, c_row, past_caches, low, high,
 ):  # fmt: skip
     """c[i*c_row + j] = clamp(start[i*start_row + j] + sum over k < depth of a[i*a_row + k*a_step] * b[k*b_step + j])
 
     for i < rows, j < columns. `tile_rows` is one of GEMM_ROWS, at least `rows`; `columns` is at most `vectors*lanes`.
     All `tile_rows` rows of a and all `vectors*lanes` columns of b are read, whatever `rows` and `columns` are.
-    Meanwhile rows `next_b + k*next_step` of the panel after this one are asked for in L2.
+    Meanwhile b is copied into the packed `panel`, if that is not 0, and one cache line a k is asked for in L2: that
+    which holds `ahead + k*ahead_step`.
 
     Assumes: depth >= 0; a's rows and b's columns readable to the tile's full size; c's rows at multiples of a vector
     if `past_caches` is not 0.
@@ -81,12 +82,12 @@ def gemm_tile(
         builder.position_at_end(after)
         return context.get_dummy_value()
 
-    signature = types.void(dtype, *[types.intp] * 16, dtype.instance_type, dtype.instance_type)
+    signature = types.void(dtype, *[types.intp] * 17, dtype.instance_type, dtype.instance_type)
     return signature, codegen
 
 
 def _gemm_tile(
-    emit, height, rows, columns, depth, a, a_row, a_step, b, b_step, next_b, next_step,
+    emit, height, rows, columns, depth, a, a_row, a_step, b, b_step, panel, ahead, ahead_step,
     start, start_row, c, c_row, past_caches, low, high,
 ):  # fmt: skip
     """One height of `gemm_tile`: height x vectors sums stay in registers, and go to the totals now and then."""
@@ -103,6 +104,11 @@ def _gemm_tile(
         source = emit.at(emit.pointer(start), builder.mul(inside, start_row))
         for j, register in enumerate(row):
             builder.store(emit.load(emit.at(source, index(j * emit.lanes)), masks[j]), register)
+    with builder.if_then(builder.icmp_signed("==", past_caches, index(0))):
+        for i in range(height):
+            target = emit.at(emit.pointer(c), builder.mul(c_row, index(i)))
+            for offset in range(0, width * emit.lanes * emit.itemsize, CACHE_LINE):
+                emit.prefetch(emit.at(target, index(offset // emit.itemsize)), write=True)
 
     a_rows = [emit.at(emit.pointer(a), builder.mul(a_row, index(i))) for i in range(height)]
     chunks = builder.sdiv(builder.add(depth, index(SUMMED_AT_ONCE - 1)), index(SUMMED_AT_ONCE))
@@ -113,10 +119,14 @@ def _gemm_tile(
         _for_each(emit, sums, lambda register: builder.store(emit.zero(), register))
         with cgutils.for_range(builder, count) as loop:
             k = builder.add(first, loop.index)
-            _multiply_step(emit, sums, a_rows, builder.mul(k, a_step), emit.at(emit.pointer(b), builder.mul(k, b_step)))
-            next_line = emit.at(emit.pointer(next_b), builder.mul(k, next_step))
-            for offset in range(0, width * emit.lanes * emit.itemsize, CACHE_LINE):
-                emit.prefetch(emit.at(next_line, index(offset // emit.itemsize)))
+            b_line = emit.at(emit.pointer(b), builder.mul(k, b_step))
+            b_vectors = [emit.load(emit.at(b_line, index(j * emit.lanes))) for j in range(width)]
+            with builder.if_then(builder.icmp_signed("!=", panel, index(0)), likely=False):
+                packed = emit.at(emit.pointer(panel), builder.mul(k, index(width * emit.lanes)))
+                for j, b_vector in enumerate(b_vectors):
+                    emit.store(b_vector, emit.at(packed, index(j * emit.lanes)))
+            _multiply_step(emit, sums, a_rows, builder.mul(k, a_step), b_vectors)
+            emit.prefetch(emit.at(emit.pointer(ahead), builder.mul(k, ahead_step)))
         for total_row, sum_row in zip(totals, sums, strict=True):
             for total, part in zip(total_row, sum_row, strict=True):
                 builder.store(builder.fadd(builder.load(total), builder.load(part)), total)
@@ -129,9 +139,8 @@ def _for_each(emit: Vectors, tile, action) -> None:
             action(register)
 
 
-def _multiply_step(emit: Vectors, sums, a_rows, a_offset, b_line) -> None:
+def _multiply_step(emit: Vectors, sums, a_rows, a_offset, b_vectors) -> None:
     """One k: a row of b, times an element of each row of a."""
-    b_vectors = [emit.load(emit.at(b_line, index(j * emit.lanes))) for j in range(CHOSEN.vectors)]
     for a_row, row in zip(a_rows, sums, strict=True):
         a_value = emit.broadcast(emit.at(a_row, a_offset))
         for b_vector, register in zip(b_vectors, row, strict=True):

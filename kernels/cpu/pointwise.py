@@ -21,6 +21,7 @@ from .gemm import (
     padded_row,
     panel_length,
     past_caches,
+    rows_collide,
     shared_length,
     shared_panels,
     tile_height,
@@ -41,24 +42,34 @@ BIAS_GROUPS = 16  # partial sums of d_bias: a constant, so that the result does 
 def _multiply(
     dtype, worker, workers, rows, depth, filters, x, kernel, row_stride, column_stride, panels, start, y, low, high
 ):
-    """A worker's share of y: rows of x are copied block by block into padded rows, and multiplied.
+    """A worker's share of y, a block of rows of x at a time.
 
     Parallel over: tiles of rows; where these are few, panels of filters too.
     """
     itemsize = np.empty(0, dtype).itemsize
-    row = padded_row(dtype, depth)
     first, last, f_first, f_last = work(dtype, rows, filters, worker, workers)
     step = block_tiles(dtype, depth, last - first)
     streamed = past_caches(dtype, rows, filters, y)
-    block = take(dtype, step * TILE_ROWS * row + panel_length(dtype, depth))
-    own = block + step * TILE_ROWS * row * itemsize
+    copied = rows_collide(dtype, depth)
+    row = padded_row(dtype, depth) if copied else depth
+    block = take(dtype, (step if copied else 1) * TILE_ROWS * row + panel_length(dtype, depth))
+    own = block + (step if copied else 1) * TILE_ROWS * row * itemsize
     for tile in range(first, last, step):
         m0, m1 = tile * TILE_ROWS, min(rows, min(last, tile + step) * TILE_ROWS)
-        for m in range(m0, m1):
-            copy(block + (m - m0) * row * itemsize, x + m * depth * itemsize, depth * itemsize)
+        after = min(rows, min(last, tile + 2 * step) * TILE_ROWS)
+        a, tail = x + m0 * depth * itemsize, 0
+        if copied:
+            for m in range(m0, m1):
+                copy(block + (m - m0) * row * itemsize, x + m * depth * itemsize, depth * itemsize)
+            a = block
+        elif tile_height(m1 % TILE_ROWS) > m1 % TILE_ROWS:  # the last tile would read past the end of x
+            tail = block
+            left = m1 % TILE_ROWS
+            copy(tail, x + (m1 - left) * depth * itemsize, left * depth * itemsize)
         multiply_block(
-            dtype, m1 - m0, depth, filters, f_first, f_last, block, row, kernel, row_stride, column_stride,
-            panels, own, start, y + m0 * filters * itemsize, streamed, low, high,
+            dtype, m1 - m0, depth, filters, f_first, f_last, a, row, tail, kernel, row_stride, column_stride,
+            panels, own, start, y + m0 * filters * itemsize, streamed,
+            x + m1 * depth * itemsize, (after - m1) * depth, low, high,
         )  # fmt: skip
     fence()
     give(block)
@@ -67,7 +78,7 @@ def _multiply(
 @kernel
 def multiply(dtype, rows, depth, filters, x, kernel, row_stride, column_stride, bias, y, low, high, threads):
     """y = clamp(x . kernel + bias), for a kernel of any strides. bias may be 0 (absent)."""
-    packed = take(dtype, shared_length(dtype, rows, depth, filters, threads))
+    packed = take(dtype, shared_length(dtype, rows, depth, filters, column_stride, threads))
     zeros = np.zeros(filters, dtype)
     start = bias if bias != 0 else address(zeros)
     panels = shared_panels(dtype, rows, depth, filters, kernel, row_stride, column_stride, packed, threads)
@@ -83,12 +94,19 @@ def forward(dtype, rows, depth, filters, x, kernel, bias, y, low, high, threads)
 
 
 @kernel
-def _gradient_tiles(dtype, rows, first, last, depth, columns, x, x_row, panel, d_kernel, d_row, tail, fresh):
-    """Adds x[:, k].dy for tiles first..last of k to one panel's columns of d_kernel, over one block of rows."""
+def _gradient_tiles(dtype, rows, first, last, depth, columns, x, x_row, dy, panel, d_kernel, d_row, tail, fresh):
+    """Adds x[:, k].dy for tiles first..last of k to one panel's columns of d_kernel, over one block of rows.
+
+    The first tile packs dy into the panel; a panel of less than its full width is packed beforehand.
+    """
     itemsize = np.empty(0, dtype).itemsize
     width = gemm_columns(dtype)
     next_x = x + rows * x_row * itemsize  # the block after this one, asked for early
     zeros = panel + rows * width * itemsize  # the panel ends in a row of zeros, from which a fresh sum starts
+    b, b_row, packed = dy, d_row, panel
+    if columns < width:
+        pack_panel(dtype, rows, columns, dy, d_row, 1, panel)
+        b, b_row, packed = panel, width, 0
     for tile in range(first, last):
         k = tile * TILE_ROWS
         count = min(TILE_ROWS, depth - k)
@@ -103,9 +121,10 @@ def _gradient_tiles(dtype, rows, first, last, depth, columns, x, x_row, panel, d
         target = d_kernel + k * d_row * itemsize
         start, start_row = (zeros, 0) if fresh else (target, d_row)
         gemm_tile(
-            dtype, height, count, columns, rows, a, 1, a_step, panel, width, next_x + k * itemsize, x_row,
+            dtype, height, count, columns, rows, a, 1, a_step, b, b_row, packed, next_x + k * itemsize, x_row,
             start, start_row, target, d_row, 0, dtype(-np.inf), dtype(np.inf),
         )  # fmt: skip
+        b, b_row, packed = panel, width, 0
 
 
 @kernel
@@ -139,11 +158,10 @@ def _kernel_gradient(dtype, worker, workers, rows, depth, filters, x, x_row, dy,
         for panel in range(panel_first, panel_last):  # this panel of dy stays in L1
             f = panel * width
             columns = min(width, filters - f)
-            pack_panel(dtype, count, columns, dy + (m * filters + f) * itemsize, filters, 1, packed)
             view(dtype, packed + count * width * itemsize, width)[:] = 0
             _gradient_tiles(
-                dtype, count, tile_first, tile_last, depth, columns, x + m * x_row * itemsize, x_row, packed,
-                d_kernel + f * itemsize, filters, tail, m == 0 and not accumulate,
+                dtype, count, tile_first, tile_last, depth, columns, x + m * x_row * itemsize, x_row,
+                dy + (m * filters + f) * itemsize, packed, d_kernel + f * itemsize, filters, tail, m == 0 and not accumulate,
             )  # fmt: skip
     give(packed)
 

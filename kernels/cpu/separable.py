@@ -28,7 +28,7 @@ BACKWARD_BYTES = 2 << 20  # mid of so many images at once, and d_mid, both still
 
 
 @parallel_kernel
-def _forward(dtype, worker, workers, g, filters, x, depthwise, pointwise, panels, start, y, low, high):
+def _forward(dtype, worker, workers, g, filters, x, depthwise, pointwise, start, y, low, high):
     """A worker's share of y: the depthwise step fills a block in L2, the pointwise step empties it.
 
     Parallel over: tiles of output pixels; where these are few, panels of filters too.
@@ -44,9 +44,13 @@ def _forward(dtype, worker, workers, g, filters, x, depthwise, pointwise, panels
     for tile in range(first, last, step):
         m0, m1 = tile * TILE_ROWS, min(pixels, min(last, tile + step) * TILE_ROWS)
         dw.forward_pixels(dtype, g, m0, m1, x, depthwise, 0, block, row, dtype(-np.inf), dtype(np.inf))
+        _, x_read = dw.input_range(g, m0, m1)
+        x_next, x_last = dw.input_range(g, m1, min(pixels, min(last, tile + 2 * step) * TILE_ROWS))
+        x_next = max(x_next, x_read)
         gemm.multiply_block(
-            dtype, m1 - m0, depth, filters, f_first, f_last, block, row, pointwise, filters, 1,
-            panels, own, start, y + m0 * filters * itemsize, streamed, low, high,
+            dtype, m1 - m0, depth, filters, f_first, f_last, block, row, 0, pointwise, filters, 1,
+            0, own, start, y + m0 * filters * itemsize, streamed,
+            x + x_next * itemsize, max(0, x_last - x_next), low, high,
         )  # fmt: skip
     fence()
     give(block)
@@ -55,14 +59,10 @@ def _forward(dtype, worker, workers, g, filters, x, depthwise, pointwise, panels
 @kernel
 def _forward_single(dtype, g, filters, x, depthwise, pointwise, bias, y, low, high, threads):
     """Fills y. Assumes: g.multiplier is 1."""
-    pixels, depth = g.batch * g.out_height * g.out_width, g.channels
-    packed = take(dtype, gemm.shared_length(dtype, pixels, depth, filters, threads))
     zeros = np.zeros(filters, dtype)
     start = bias if bias != 0 else address(zeros)
-    panels = gemm.shared_panels(dtype, pixels, depth, filters, pointwise, filters, 1, packed, threads)
-    _forward(dtype, threads, g, filters, x, depthwise, pointwise, panels, start, y, low, high)
+    _forward(dtype, threads, g, filters, x, depthwise, pointwise, start, y, low, high)
     keep(zeros)
-    give(packed)
 
 
 @kernel
