@@ -19,7 +19,7 @@ import numpy as np
 from ..geometry import Geometry
 from .jit import kernel
 from .memory import address, ceil_div, keep, share, view
-from .microkernel import PIXELS, correlate_tile, depthwise_tile, lanes
+from .microkernel import PIXELS, SLIDES, SLIDING_TAPS, correlate_tile, depthwise_tile, lanes, sliding_tile
 from .pointwise import add_groups, column_sums
 from .pool import parallel_kernel
 from .tiles import CHOSEN
@@ -40,6 +40,25 @@ def inside(origin, step, count, size):
 
 
 @kernel
+def _at_once(i, first, last, slides):
+    """(first pixel, pixels) of the tile that computes pixel i, and more if i lies in first..last.
+
+    Sliding tiles may begin before i: a pixel computed twice costs less than one computed alone.
+    """
+    if i < first or i >= last:
+        return i, 1
+    if slides:
+        for pixels in SLIDES:
+            if last - i >= pixels:
+                return i, pixels
+        for pixels in SLIDES[::-1]:
+            if last - i <= pixels <= last - first:
+                return last - pixels, pixels
+        return i, 1
+    return i, PIXELS if i + PIXELS <= last else 1
+
+
+@kernel
 def _span(
     dtype, count, first, last, x, x_row, rows, origin, pixel_step, tap_step, taps, size, channels,
     kernel, kernel_row, kernel_tap, bias, y, y_pixel, low, high,
@@ -50,23 +69,33 @@ def _span(
     `count` channels are computed.
     """
     itemsize = np.empty(0, dtype).itemsize
+    if tap_step < 0:  # the same taps, from the last to the first
+        origin, tap_step = origin + (taps - 1) * tap_step, -tap_step
+        kernel, kernel_tap = kernel + (taps - 1) * kernel_tap * itemsize, -kernel_tap
     head_first, head_last = inside(origin, pixel_step, last, size)
     tail_first, tail_last = inside(origin + (taps - 1) * tap_step, pixel_step, last, size)
-    inner_first, inner_last = max(head_first, tail_first), min(head_last, tail_last)
+    inner_first, inner_last = max(first, max(head_first, tail_first)), min(head_last, tail_last)
+    slides = taps == SLIDING_TAPS and tap_step == pixel_step
     i = first
     while i < last:
-        column = origin + i * pixel_step
-        pixels, tap, tap_count = PIXELS, 0, taps
-        if i < inner_first or i + PIXELS > inner_last:
+        start, pixels = _at_once(i, inner_first, inner_last, slides)
+        column, tap, tap_count = origin + start * pixel_step, 0, taps
+        if pixels == 1:
             tap, tap_end = inside(column, tap_step, taps, size)
-            pixels, tap_count = 1, tap_end - tap
-        depthwise_tile(
-            dtype, pixels, count, rows, tap_count,
-            x + (column + tap * tap_step) * channels * itemsize, x_row, tap_step * channels, pixel_step * channels,
-            kernel + tap * kernel_tap * itemsize, kernel_row, kernel_tap,
-            bias, y + (i - first) * y_pixel * itemsize, y_pixel, low, high,
-        )  # fmt: skip
-        i += pixels
+            tap_count = tap_end - tap
+        source = x + (column + tap * tap_step) * channels * itemsize
+        target, weights = y + (start - first) * y_pixel * itemsize, kernel + tap * kernel_tap * itemsize
+        if slides and pixels > 1:
+            sliding_tile(
+                dtype, pixels, count, rows, source, x_row, pixel_step * channels,
+                weights, kernel_row, kernel_tap, bias, target, y_pixel, low, high,
+            )  # fmt: skip
+        else:
+            depthwise_tile(
+                dtype, pixels, count, rows, tap_count, source, x_row, tap_step * channels, pixel_step * channels,
+                weights, kernel_row, kernel_tap, bias, target, y_pixel, low, high,
+            )  # fmt: skip
+        i = start + pixels
 
 
 @kernel

@@ -13,12 +13,12 @@ import numpy as np
 
 from .jit import kernel
 from .memory import ceil_div, share
-from .microkernel import CACHE_LINE, GEMM_ROWS, gemm_columns, gemm_tile
+from .microkernel import CACHE_LINE, GEMM_ROWS, L1_PERIOD, gemm_columns, gemm_tile
 from .packing import pack, pack_panel, packed_length
 
 TILE_ROWS = GEMM_ROWS[0]
-L1_PERIOD = 4096  # bytes: addresses so far apart share one set of L1, as its sets are counted by the page offset
 BLOCK_BYTES = 384 * 1024  # a block of a: an L2 of 1 MiB holds it, what the next is made of, and a panel of the kernel
+PASSES = 4  # packing a kernel in passing for so many blocks costs no more than packing it once beforehand
 BLOCK_TILES = 12  # more rows than that would cost more in address translation than they save
 STREAMED_BYTES = 24 << 20  # an output larger than that is gone from the caches before anyone reads it
 LEAST_TILES = (
@@ -38,7 +38,7 @@ def padded_row(dtype, depth):
 
 @kernel
 def rows_collide(dtype, depth):
-    """Whether rows of `depth` elements, one behind the other, are better copied into padded ones."""
+    """Whether rows of `depth` elements, one behind the other, drive each other out of the caches."""
     return depth * np.empty(0, dtype).itemsize % (L1_PERIOD // 2) == 0
 
 
@@ -90,28 +90,30 @@ def block_tiles(dtype, depth, tiles):
 
 
 @kernel
-def _shares_panels(dtype, rows, depth, column_stride, workers):
-    """Whether the kernel is packed beforehand: if packing means transposing, and each panel serves several blocks.
-
-    Otherwise a worker packs its own, in its L2, as it goes, which costs next to nothing.
-    """
-    if column_stride == 1:
-        return False
-    tiles = ceil_div(ceil_div(rows, TILE_ROWS), _row_parts(rows, workers))
-    return tiles > _most_tiles(dtype, depth)
+def _packs_in_passing(dtype, row_stride, column_stride):
+    """Whether a panel may be read where it lies, by the first tile, which packs it for the others."""
+    return column_stride == 1 and not rows_collide(dtype, row_stride)
 
 
 @kernel
-def shared_length(dtype, rows, depth, filters, column_stride, workers):
+def _shares_panels(dtype, rows, depth, row_stride, column_stride, workers):
+    """Whether the kernel is packed beforehand, for all: if packing in passing, or slowly, for each block costs more."""
+    tiles = ceil_div(ceil_div(rows, TILE_ROWS), _row_parts(rows, workers))
+    blocks = ceil_div(tiles, _most_tiles(dtype, depth))
+    return blocks > (PASSES if _packs_in_passing(dtype, row_stride, column_stride) else 1)
+
+
+@kernel
+def shared_length(dtype, rows, depth, filters, row_stride, column_stride, workers):
     """Elements of scratch memory that `shared_panels` wants."""
-    shared = _shares_panels(dtype, rows, depth, column_stride, workers)
+    shared = _shares_panels(dtype, rows, depth, row_stride, column_stride, workers)
     return packed_length(dtype, depth, filters) if shared else 0
 
 
 @kernel
 def shared_panels(dtype, rows, depth, filters, kernel, row_stride, column_stride, packed, workers):
     """The address `packed` with the kernel packed there, or 0 where each worker packs its own."""
-    if not _shares_panels(dtype, rows, depth, column_stride, workers):
+    if not _shares_panels(dtype, rows, depth, row_stride, column_stride, workers):
         return 0
     pack(dtype, workers, depth, filters, kernel, row_stride, column_stride, packed)
     return packed
@@ -182,7 +184,7 @@ def multiply_block(
         if panels == 0:
             b, b_step, panel = source, row_stride, own
             next_b, next_step = source + width * column_stride * itemsize, row_stride
-            if column_stride != 1 or columns < width:
+            if columns < width or not _packs_in_passing(dtype, row_stride, column_stride):
                 pack_panel(dtype, depth, columns, source, row_stride, column_stride, own)
                 b, b_step, panel = own, width, 0
         _multiply_panel(

@@ -78,7 +78,7 @@ def _multiply(
 @kernel
 def multiply(dtype, rows, depth, filters, x, kernel, row_stride, column_stride, bias, y, low, high, threads):
     """y = clamp(x . kernel + bias), for a kernel of any strides. bias may be 0 (absent)."""
-    packed = take(dtype, shared_length(dtype, rows, depth, filters, column_stride, threads))
+    packed = take(dtype, shared_length(dtype, rows, depth, filters, row_stride, column_stride, threads))
     zeros = np.zeros(filters, dtype)
     start = bias if bias != 0 else address(zeros)
     panels = shared_panels(dtype, rows, depth, filters, kernel, row_stride, column_stride, packed, threads)

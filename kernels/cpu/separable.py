@@ -28,7 +28,7 @@ BACKWARD_BYTES = 2 << 20  # mid of so many images at once, and d_mid, both still
 
 
 @parallel_kernel
-def _forward(dtype, worker, workers, g, filters, x, depthwise, pointwise, start, y, low, high):
+def _forward(dtype, worker, workers, g, filters, x, depthwise, pointwise, panels, start, y, low, high):
     """A worker's share of y: the depthwise step fills a block in L2, the pointwise step empties it.
 
     Parallel over: tiles of output pixels; where these are few, panels of filters too.
@@ -49,7 +49,7 @@ def _forward(dtype, worker, workers, g, filters, x, depthwise, pointwise, start,
         x_next = max(x_next, x_read)
         gemm.multiply_block(
             dtype, m1 - m0, depth, filters, f_first, f_last, block, row, 0, pointwise, filters, 1,
-            0, own, start, y + m0 * filters * itemsize, streamed,
+            panels, own, start, y + m0 * filters * itemsize, streamed,
             x + x_next * itemsize, max(0, x_last - x_next), low, high,
         )  # fmt: skip
     fence()
@@ -59,10 +59,14 @@ def _forward(dtype, worker, workers, g, filters, x, depthwise, pointwise, start,
 @kernel
 def _forward_single(dtype, g, filters, x, depthwise, pointwise, bias, y, low, high, threads):
     """Fills y. Assumes: g.multiplier is 1."""
+    pixels, depth = g.batch * g.out_height * g.out_width, g.channels
+    packed = take(dtype, gemm.shared_length(dtype, pixels, depth, filters, filters, 1, threads))
     zeros = np.zeros(filters, dtype)
     start = bias if bias != 0 else address(zeros)
-    _forward(dtype, threads, g, filters, x, depthwise, pointwise, start, y, low, high)
+    panels = gemm.shared_panels(dtype, pixels, depth, filters, pointwise, filters, 1, packed, threads)
+    _forward(dtype, threads, g, filters, x, depthwise, pointwise, panels, start, y, low, high)
     keep(zeros)
+    give(packed)
 
 
 @kernel

@@ -90,13 +90,13 @@ class Vectors:
         instruction = self.builder.store(value, vector, align=self.lanes * self.itemsize)
         instruction.set_metadata("nontemporal", self.builder.module.add_metadata([ir.Constant(_LANE, 1)]))
 
-    def prefetch(self, pointer, write: bool = False):
-        """Ask for the cache line at `pointer` in L2, or, to be written, in L1. A bad address is ignored."""
+    def prefetch(self, pointer, level: int = 2, write: bool = False):
+        """Ask for the cache line at `pointer` in L1 or L2, to be read or written. A bad address is ignored."""
         address = self.builder.bitcast(pointer, ir.IntType(8).as_pointer())
         function = cgutils.get_or_insert_function(
             self.builder.module, ir.FunctionType(ir.VoidType(), [address.type, _LANE, _LANE, _LANE]), "llvm.prefetch.p0"
         )
-        self.builder.call(function, [address, *(ir.Constant(_LANE, flag) for flag in ((1, 3, 1) if write else (0, 2, 1)))])
+        self.builder.call(function, [address, *(ir.Constant(_LANE, flag) for flag in (int(write), 4 - level, 1))])
 
     def multiply_add(self, a, b, c):
         """a*b + c, rounded once where the target can."""
