@@ -25,13 +25,16 @@ from .pool import parallel_kernel
 from .tiles import CHOSEN
 
 GRADIENT_GROUPS = 16  # partial sums of d_kernel: a constant, so that the result does not depend on the thread count
+LINES_BYTES = 32 * 1024  # what a few lines need of L1
 BAND_BYTES = 192 * 1024  # lines worked on together stay in L2
 
 
 @kernel
 def inside(origin, step, count, size):
     """The j in [first, last) of 0..count for which 0 <= origin + j*step < size. step is not 0."""
-    if step > 0:
+    if step == 1:  # nearly always, and nothing to divide
+        first, last = -origin, size - origin
+    elif step > 0:
         first, last = ceil_div(-origin, step), (size - 1 - origin) // step + 1
     else:
         first, last = ceil_div(origin - size + 1, -step), origin // -step + 1
@@ -116,9 +119,10 @@ def _forward_span(dtype, g, c, count, n, p, q_first, q_last, x, kernel, bias, y,
 
 
 @kernel
-def channel_block(dtype):
-    """Channels taken at once, so that the lines which consecutive output lines share are still in L1."""
-    return CHOSEN.span * lanes(dtype)
+def channel_block(dtype, pixels):
+    """Channels taken at once: so many that `pixels` pixels, which consecutive lines read again, are still in L1."""
+    least = CHOSEN.span * lanes(dtype)
+    return max(1, LINES_BYTES // max(1, pixels * least * np.empty(0, dtype).itemsize)) * least
 
 
 @kernel
@@ -138,17 +142,19 @@ def input_range(g, first, last):
 def forward_pixels(dtype, g, first, last, x, kernel, bias, y, y_pixel, low, high):
     """Output pixels first..last, counted over all images, written `y_pixel` apart. Assumes: g.multiplier is 1."""
     itemsize = np.empty(0, dtype).itemsize
-    step = channel_block(dtype)
-    for c in range(0, g.channels, step):  # a block of channels: what it reads of a few lines fits in L1
+    step = channel_block(dtype, g.width * g.kernel_height)
+    line = first // g.out_width
+    first_n, first_p, first_q = line // g.out_height, line % g.out_height, first % g.out_width
+    for c in range(0, g.channels, step):
         count = min(step, g.channels - c)
-        pixel = first
+        pixel, n, p, q = first, first_n, first_p, first_q
         while pixel < last:  # the part of an output line that lies in first..last
-            line, q = pixel // g.out_width, pixel % g.out_width
             q_last = min(g.out_width, q + last - pixel)
-            n, p = line // g.out_height, line % g.out_height
             target = y + (pixel - first) * y_pixel * itemsize
             _forward_span(dtype, g, c, count, n, p, q, q_last, x, kernel, bias, target, y_pixel, low, high)
-            pixel += q_last - q
+            pixel, q, p = pixel + q_last - q, 0, p + 1
+            if p == g.out_height:
+                n, p = n + 1, 0
 
 
 @kernel
@@ -224,7 +230,7 @@ def input_gradient(dtype, worker, workers, g, kernel, dy, d_x):
     """
     first, last = share(g.batch * g.height, worker, workers)
     band = _band(g.width, g.channels, np.empty(0, dtype).itemsize)
-    step = channel_block(dtype)
+    step = channel_block(dtype, g.out_width * g.kernel_height)
     for line in range(first, last, band):
         for c in range(0, g.channels, step):
             for i in range(line, min(line + band, last)):
@@ -235,7 +241,7 @@ def input_gradient(dtype, worker, workers, g, kernel, dy, d_x):
 def _correlate(dtype, g, n_first, n_last, p_first, p_last, x, dy, d_kernel):
     """Adds output lines p_first..p_last of images n_first..n_last to d_kernel, a tap at a time over what it reaches."""
     itemsize = np.empty(0, dtype).itemsize
-    channels, step = g.channels, 2 * channel_block(dtype)
+    channels, step = g.channels, 2 * CHOSEN.span * lanes(dtype)
     for c in range(0, channels, step):  # what a block of channels reads stays in L1 for all taps
         for r in range(g.kernel_height):
             top = r * g.dilation_height - g.pad_top

@@ -18,6 +18,7 @@ from .packing import pack, pack_panel, packed_length
 
 TILE_ROWS = GEMM_ROWS[0]
 BLOCK_BYTES = 384 * 1024  # a block of a: an L2 of 1 MiB holds it, what the next is made of, and a panel of the kernel
+ONLY_BLOCK_BYTES = 720 * 1024  # the same where there is no next one
 PASSES = 4  # packing a kernel in passing for so many blocks costs no more than packing it once beforehand
 BLOCK_TILES = 12  # more rows than that would cost more in address translation than they save
 STREAMED_BYTES = 24 << 20  # an output larger than that is gone from the caches before anyone reads it
@@ -78,29 +79,22 @@ def work(dtype, rows, filters, worker, workers):
 
 
 @kernel
-def _most_tiles(dtype, depth):
-    fitting = BLOCK_BYTES // (TILE_ROWS * padded_row(dtype, depth) * np.empty(0, dtype).itemsize)
-    return min(max(1, fitting), BLOCK_TILES)
-
-
-@kernel
 def block_tiles(dtype, depth, tiles):
-    """Tiles of rows in a block: as many as L2 holds, the blocks of a worker's `tiles` tiles about equal."""
-    return max(1, ceil_div(tiles, max(1, ceil_div(tiles, _most_tiles(dtype, depth)))))
-
-
-@kernel
-def _packs_in_passing(dtype, row_stride, column_stride):
-    """Whether a panel may be read where it lies, by the first tile, which packs it for the others."""
-    return column_stride == 1 and not rows_collide(dtype, row_stride)
+    """Tiles of rows in a block, the blocks of a worker's `tiles` tiles about equal."""
+    tile_bytes = TILE_ROWS * padded_row(dtype, depth) * np.empty(0, dtype).itemsize
+    if tiles * tile_bytes <= ONLY_BLOCK_BYTES:
+        return max(1, tiles)
+    most = min(max(1, BLOCK_BYTES // tile_bytes), BLOCK_TILES)
+    return ceil_div(tiles, ceil_div(tiles, most))
 
 
 @kernel
 def _shares_panels(dtype, rows, depth, row_stride, column_stride, workers):
     """Whether the kernel is packed beforehand, for all: if packing in passing, or slowly, for each block costs more."""
     tiles = ceil_div(ceil_div(rows, TILE_ROWS), _row_parts(rows, workers))
-    blocks = ceil_div(tiles, _most_tiles(dtype, depth))
-    return blocks > (PASSES if _packs_in_passing(dtype, row_stride, column_stride) else 1)
+    blocks = ceil_div(tiles, block_tiles(dtype, depth, tiles))
+    cheap = column_stride == 1 and not rows_collide(dtype, row_stride)
+    return blocks > (PASSES if cheap else 1)
 
 
 @kernel
@@ -184,7 +178,9 @@ def multiply_block(
         if panels == 0:
             b, b_step, panel = source, row_stride, own
             next_b, next_step = source + width * column_stride * itemsize, row_stride
-            if columns < width or not _packs_in_passing(dtype, row_stride, column_stride):
+            if rows_collide(dtype, row_stride):  # a whole panel asked for would drive itself out again
+                next_step = 0
+            if columns < width or column_stride != 1:
                 pack_panel(dtype, depth, columns, source, row_stride, column_stride, own)
                 b, b_step, panel = own, width, 0
         _multiply_panel(

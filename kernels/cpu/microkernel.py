@@ -28,6 +28,7 @@ PIXELS = CHOSEN.pixels
 SLIDES = CHOSEN.slides
 SLIDING_TAPS = 3
 ROWS_A_POINTER = 3
+EARLY = 24  # rows of b from being asked for to being read, where it is not packed: memory answers within so many
 
 
 def vectors_of(builder, signature) -> Vectors:
@@ -124,6 +125,9 @@ def _gemm_tile(
                 packed = emit.at(emit.pointer(panel), builder.mul(k, index(width * emit.lanes)))
                 for j, b_vector in enumerate(b_vectors):
                     emit.store(b_vector, emit.at(packed, index(j * emit.lanes)))
+                early = emit.at(b_line, builder.mul(b_step, index(EARLY)))
+                for offset in range(0, width * emit.lanes * emit.itemsize, CACHE_LINE):
+                    emit.prefetch(emit.at(early, index(offset // emit.itemsize)))
             _multiply_step(emit, sums, a_rows, a_row, a_step, b_vectors)
             emit.prefetch(emit.at(emit.pointer(ahead), builder.mul(k, ahead_step)))
     totals.add_to_sums(chunks)
@@ -228,8 +232,11 @@ def _multiply_step(emit: Vectors, sums, a_rows, a_row, a_step, b_vectors) -> Non
 def _store_tile(emit: Vectors, tile, masks, rows, columns, c, c_row, past_caches, low, high) -> None:
     """Clamps the tile and writes what of it lies inside."""
     builder, height, width = emit.builder, len(tile), CHOSEN.vectors
-    low, high = emit.splat(low), emit.splat(high)
-    _for_each(emit, tile, lambda register: builder.store(emit.clamp(builder.load(register), low, high), register))
+    with builder.if_then(emit.bounded(low, high)):
+        lows, highs = emit.splat(low), emit.splat(high)
+        _for_each(
+            emit, tile, lambda register: builder.store(emit.clamp(builder.load(register), lows, highs), register)
+        )
     c_rows = [emit.at(emit.pointer(c), builder.mul(c_row, index(i))) for i in range(height)]
     whole = builder.and_(
         builder.icmp_signed("==", rows, index(height)), builder.icmp_signed("==", columns, index(width * emit.lanes))

@@ -104,6 +104,12 @@ class Vectors:
             return self.builder.fadd(self.builder.fmul(a, b), c)
         return self.builder.call(self._declare("llvm.fma", self.type, [self.type] * 3), [a, b, c])
 
+    def bounded(self, low, high):
+        """Whether clamping between the scalars `low` and `high` changes anything."""
+        infinity = ir.Constant(low.type, float("inf"))
+        below = self.builder.fcmp_ordered("!=", low, ir.Constant(low.type, float("-inf")))
+        return self.builder.or_(below, self.builder.fcmp_ordered("!=", high, infinity))
+
     def clamp(self, value, low, high):
         """min(max(value, low), high) with a NaN left alone: the comparisons are ordered."""
         value = self.builder.select(self.builder.fcmp_ordered("<", value, low), low, value)
