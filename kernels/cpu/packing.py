@@ -14,7 +14,7 @@ from numba.extending import intrinsic
 
 from .jit import kernel
 from .memory import ceil_div, share
-from .microkernel import gemm_columns, vectors_of
+from .microkernel import GEMM_ROWS, gemm_columns, vectors_of
 from .pool import parallel_kernel
 from .simd import Vectors, index
 from .tiles import CHOSEN
@@ -25,20 +25,51 @@ def _copy_rows(typing_context, dtype, depth, columns, source, row_stride, panel)
     """The panel of a source whose columns lie side by side."""
 
     def codegen(context, builder, signature, arguments):
-        _, depth, columns, source, row_stride, panel = arguments
-        emit = vectors_of(builder, signature)
-        masks = [emit.mask(columns, j * emit.lanes) for j in range(CHOSEN.vectors)]
-        width = index(CHOSEN.vectors * emit.lanes)
-        with cgutils.for_range(builder, depth) as loop:
-            line = emit.at(emit.pointer(source), builder.mul(loop.index, row_stride))
-            target = emit.at(emit.pointer(panel), builder.mul(loop.index, width))
-            for j, mask in enumerate(masks):
-                emit.store(
-                    emit.load(emit.at(line, index(j * emit.lanes)), mask), emit.at(target, index(j * emit.lanes))
-                )
+        _emit_copy(vectors_of(builder, signature), CHOSEN.vectors, *arguments[1:])
         return context.get_dummy_value()
 
     return types.void(dtype, *[types.intp] * 5), codegen
+
+
+@intrinsic
+def pack_strip(typing_context, dtype, rows, columns, source, row_stride, strip):
+    """Columns of a matrix for `gemm_tile` to multiply by: `strip[m*strip_width + i] = source[m*row_stride + i]`
+
+    for i < columns, 0 for the others up to `strip_width`. `columns` is at most GEMM_ROWS[0].
+    """
+
+    def codegen(context, builder, signature, arguments):
+        emit = vectors_of(builder, signature)
+        _emit_copy(emit, _strip_vectors(emit), *arguments[1:])
+        return context.get_dummy_value()
+
+    return types.void(dtype, *[types.intp] * 5), codegen
+
+
+@intrinsic
+def strip_width(typing_context, dtype):
+    """Elements from row to row of a strip."""
+
+    def codegen(context, builder, signature, arguments):
+        emit = vectors_of(builder, signature)
+        return index(_strip_vectors(emit) * emit.lanes)
+
+    return types.intp(dtype), codegen
+
+
+def _strip_vectors(emit: Vectors) -> int:
+    return -(-GEMM_ROWS[0] // emit.lanes)
+
+
+def _emit_copy(emit: Vectors, vectors: int, rows, columns, source, row_stride, target) -> None:
+    """The first `columns` columns of a matrix, and zeros up to so many vectors, row behind row."""
+    builder, width = emit.builder, index(vectors * emit.lanes)
+    masks = [emit.mask(columns, j * emit.lanes) for j in range(vectors)]
+    with cgutils.for_range(builder, rows) as loop:
+        line = emit.at(emit.pointer(source), builder.mul(loop.index, row_stride))
+        copy = emit.at(emit.pointer(target), builder.mul(loop.index, width))
+        for j, mask in enumerate(masks):
+            emit.store(emit.load(emit.at(line, index(j * emit.lanes)), mask), emit.at(copy, index(j * emit.lanes)))
 
 
 @intrinsic

@@ -30,11 +30,11 @@ from .gemm import (
 from .jit import kernel
 from .memory import address, ceil_div, copy, fence, keep, share, view
 from .microkernel import correlate_tile, gemm_columns, gemm_tile
-from .packing import pack_panel
+from .packing import pack_panel, pack_strip, strip_width
 from .pool import parallel_kernel
 from .scratch import give, take
 
-GRADIENT_BLOCK_ROWS = 256  # rows summed in registers before d_kernel is touched again
+GRADIENT_BLOCK_ROWS = 192  # rows summed in registers before d_kernel is touched again: L1 holds their panel and strip
 BIAS_GROUPS = 16  # partial sums of d_bias: a constant, so that the result does not depend on the thread count
 
 
@@ -94,35 +94,28 @@ def forward(dtype, rows, depth, filters, x, kernel, bias, y, low, high, threads)
 
 
 @kernel
-def _gradient_tiles(dtype, rows, first, last, depth, columns, x, x_row, dy, panel, d_kernel, d_row, tail, fresh):
-    """Adds x[:, k].dy for tiles first..last of k to one panel's columns of d_kernel, over one block of rows.
+def _gradient_panel(dtype, rows, tiles, depth, columns, strips, dy, dy_row, panel, d_kernel, fresh, ahead, ahead_step):
+    """Adds x^T.dy over one block of rows to one panel's columns of d_kernel, as many rows of it as there are strips.
 
-    The first tile packs dy into the panel; a panel of less than its full width is packed beforehand.
+    The first tile packs dy into the panel, which ends in a row of zeros: from there a fresh sum starts. Each tile asks
+    for another column of what lies ahead.
     """
     itemsize = np.empty(0, dtype).itemsize
-    width = gemm_columns(dtype)
-    next_x = x + rows * x_row * itemsize  # the block after this one, asked for early
-    zeros = panel + rows * width * itemsize  # the panel ends in a row of zeros, from which a fresh sum starts
-    b, b_row, packed = dy, d_row, panel
+    width, strip = gemm_columns(dtype), strip_width(dtype)
+    zeros = panel + rows * width * itemsize
+    b, b_row, packed = dy, dy_row, panel
     if columns < width:
-        pack_panel(dtype, rows, columns, dy, d_row, 1, panel)
+        pack_panel(dtype, rows, columns, dy, dy_row, 1, panel)
         b, b_row, packed = panel, width, 0
-    for tile in range(first, last):
+    for tile in range(tiles):
         k = tile * TILE_ROWS
         count = min(TILE_ROWS, depth - k)
-        height = tile_height(count)
-        a, a_step = x + k * itemsize, x_row
-        if height > count:  # the tile would read past the end of x: it reads a copy
-            values, copy = view(dtype, a, (rows - 1) * x_row + count), view(dtype, tail, rows * TILE_ROWS)
-            for m in range(rows):
-                for i in range(height):
-                    copy[m * TILE_ROWS + i] = values[m * x_row + i] if i < count else 0
-            a, a_step = tail, TILE_ROWS
-        target = d_kernel + k * d_row * itemsize
-        start, start_row = (zeros, 0) if fresh else (target, d_row)
+        target = d_kernel + k * dy_row * itemsize
+        start, start_row = (zeros, 0) if fresh else (target, dy_row)
         gemm_tile(
-            dtype, height, count, columns, rows, a, 1, a_step, b, b_row, packed, next_x + k * itemsize, x_row,
-            start, start_row, target, d_row, 0, dtype(-np.inf), dtype(np.inf),
+            dtype, tile_height(count), count, columns, rows, strips + tile * rows * strip * itemsize, 1, strip,
+            b, b_row, packed, ahead + k * itemsize, ahead_step,
+            start, start_row, target, dy_row, 0, dtype(-np.inf), dtype(np.inf),
         )  # fmt: skip
         b, b_row, packed = panel, width, 0
 
@@ -146,23 +139,32 @@ def _kernel_gradient(dtype, worker, workers, rows, depth, filters, x, x_row, dy,
     Parallel over: rectangles of d_kernel, so nothing is reduced.
     """
     itemsize = np.empty(0, dtype).itemsize
-    width = gemm_columns(dtype)
+    width, strip = gemm_columns(dtype), strip_width(dtype)
     panels, tiles = ceil_div(filters, width), ceil_div(depth, TILE_ROWS)
     panel_parts, tile_parts = gradient_split(panels, tiles, workers)
     panel_first, panel_last = share(panels, worker // tile_parts, panel_parts)
     tile_first, tile_last = share(tiles, worker % tile_parts, tile_parts)
-    packed = take(dtype, GRADIENT_BLOCK_ROWS * (width + TILE_ROWS) + width)
-    tail = packed + (GRADIENT_BLOCK_ROWS + 1) * width * itemsize
-    for m in range(0, rows, GRADIENT_BLOCK_ROWS):  # this block of x stays in L2
+    k_first, k_last = tile_first * TILE_ROWS, min(depth, tile_last * TILE_ROWS)
+    panel_room = (GRADIENT_BLOCK_ROWS + 1) * width
+    packed = take(dtype, panel_room + (tile_last - tile_first) * GRADIENT_BLOCK_ROWS * strip)
+    strips = packed + panel_room * itemsize
+    for m in range(0, rows, GRADIENT_BLOCK_ROWS):  # the strips of this block of x stay in L2
         count = min(GRADIENT_BLOCK_ROWS, rows - m)
+        for k in range(k_first, k_last, TILE_ROWS):
+            source = x + (m * x_row + k) * itemsize
+            target = strips + (k - k_first) // TILE_ROWS * count * strip * itemsize
+            pack_strip(dtype, count, min(TILE_ROWS, k_last - k), source, x_row, target)
+        view(dtype, packed + count * width * itemsize, width)[:] = 0
+        ahead, ahead_step = x + ((m + count) * x_row + k_first) * itemsize, x_row
         for panel in range(panel_first, panel_last):  # this panel of dy stays in L1
             f = panel * width
-            columns = min(width, filters - f)
-            view(dtype, packed + count * width * itemsize, width)[:] = 0
-            _gradient_tiles(
-                dtype, count, tile_first, tile_last, depth, columns, x + m * x_row * itemsize, x_row,
-                dy + (m * filters + f) * itemsize, packed, d_kernel + f * itemsize, filters, tail, m == 0 and not accumulate,
+            source = dy + (m * filters + f) * itemsize
+            _gradient_panel(
+                dtype, count, tile_last - tile_first, k_last - k_first, min(width, filters - f), strips,
+                source, filters, packed, d_kernel + (k_first * filters + f) * itemsize,
+                m == 0 and not accumulate, ahead, ahead_step,
             )  # fmt: skip
+            ahead, ahead_step = dy + (m * filters + f + 2 * width) * itemsize, filters
     give(packed)
 
 
