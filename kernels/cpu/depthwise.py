@@ -19,7 +19,16 @@ import numpy as np
 from ..geometry import Geometry
 from .jit import kernel
 from .memory import address, ceil_div, keep, share, view
-from .microkernel import PIXELS, SLIDES, SLIDING_TAPS, correlate_tile, depthwise_tile, lanes, sliding_tile
+from .microkernel import (
+    PIXELS,
+    SLIDES,
+    SLIDING_TAPS,
+    correlate_row,
+    correlate_tile,
+    depthwise_tile,
+    lanes,
+    sliding_tile,
+)
 from .pointwise import add_groups, column_sums
 from .pool import parallel_kernel
 from .tiles import CHOSEN
@@ -238,28 +247,66 @@ def input_gradient(dtype, worker, workers, g, kernel, dy, d_x):
 
 
 @kernel
-def _correlate(dtype, g, n_first, n_last, p_first, p_last, x, dy, d_kernel):
-    """Adds output lines p_first..p_last of images n_first..n_last to d_kernel, a tap at a time over what it reaches."""
+def _correlate_columns(
+    dtype, g, c, count, taps, s, n_first, n_last, p_first, p_last, r, q_first, q_last, x, dy, d_kernel
+):
+    """Adds columns q_first..q_last of output lines p_first..p_last to tap (r, s) of d_kernel, and to `taps` in all."""
     itemsize = np.empty(0, dtype).itemsize
-    channels, step = g.channels, 2 * CHOSEN.span * lanes(dtype)
-    for c in range(0, channels, step):  # what a block of channels reads stays in L1 for all taps
+    channels = g.channels
+    row, column = p_first * g.stride_height + r * g.dilation_height - g.pad_top, q_first * g.stride_width
+    column += s * g.dilation_width - g.pad_left
+    x_at = x + (((n_first * g.height + row) * g.width + column) * channels + c) * itemsize
+    dy_at = dy + (((n_first * g.out_height + p_first) * g.out_width + q_first) * channels + c) * itemsize
+    out = d_kernel + ((r * g.kernel_width + s) * channels + c) * itemsize
+    images, rows, columns = n_last - n_first, max(0, p_last - p_first), max(0, q_last - q_first)
+    x_image, x_row, x_pixel = g.height * g.width * channels, g.stride_height * g.width * channels, g.stride_width
+    dy_image, dy_row = g.out_height * g.out_width * channels, g.out_width * channels
+    if taps > 1:
+        correlate_row(
+            dtype, count, images, rows, columns, x_at, x_image, x_row, x_pixel * channels,
+            dy_at, dy_image, dy_row, channels, out, channels,
+        )  # fmt: skip
+    else:
+        correlate_tile(
+            dtype, count, images, rows, columns, x_at, x_image, x_row, x_pixel * channels,
+            dy_at, dy_image, dy_row, channels, out,
+        )  # fmt: skip
+
+
+@kernel
+def _tap_columns(g, s):
+    """The output columns [first, last) at which tap s of a row meets the image."""
+    return inside(s * g.dilation_width - g.pad_left, g.stride_width, g.out_width, g.width)
+
+
+@kernel
+def _correlate(dtype, g, n_first, n_last, p_first, p_last, x, dy, d_kernel):
+    """Adds output lines p_first..p_last of images n_first..n_last to d_kernel.
+
+    A row of taps at once over the columns that all of them reach, where they slide; then a tap at a time over the rest.
+    """
+    step = 2 * CHOSEN.span * lanes(dtype)
+    slides = g.kernel_width == SLIDING_TAPS and g.dilation_width == g.stride_width
+    inner_first, inner_last = 0, 0
+    if slides:
+        inner_first, inner_last = _tap_columns(g, 0)[0], _tap_columns(g, SLIDING_TAPS - 1)[1]
+        inner_last = max(inner_first, inner_last)
+    for c in range(0, g.channels, step):  # what a block of channels reads stays in L1 for all taps
+        count = min(step, g.channels - c)
         for r in range(g.kernel_height):
-            top = r * g.dilation_height - g.pad_top
-            p0, p1 = inside(top, g.stride_height, p_last, g.height)
+            p0, p1 = inside(r * g.dilation_height - g.pad_top, g.stride_height, p_last, g.height)
             p0 = max(p0, p_first)
-            for s in range(g.kernel_width):
-                left = s * g.dilation_width - g.pad_left
-                q0, q1 = inside(left, g.stride_width, g.out_width, g.width)
-                x_pixel = (n_first * g.height + p0 * g.stride_height + top) * g.width + q0 * g.stride_width + left
-                dy_pixel = (n_first * g.out_height + p0) * g.out_width + q0
-                correlate_tile(
-                    dtype, min(step, channels - c), n_last - n_first, max(0, p1 - p0), q1 - q0,
-                    x + (x_pixel * channels + c) * itemsize,
-                    g.height * g.width * channels, g.stride_height * g.width * channels, g.stride_width * channels,
-                    dy + (dy_pixel * channels + c) * itemsize,
-                    g.out_height * g.out_width * channels, g.out_width * channels, channels,
-                    d_kernel + ((r * g.kernel_width + s) * channels + c) * itemsize,
+            if slides:
+                _correlate_columns(
+                    dtype, g, c, count, SLIDING_TAPS, 0, n_first, n_last, p0, p1, r,
+                    inner_first, inner_last, x, dy, d_kernel,
                 )  # fmt: skip
+            for s in range(g.kernel_width):
+                q0, q1 = _tap_columns(g, s)
+                for first, last in ((q0, min(q1, inner_first)), (max(q0, inner_last), q1)):
+                    _correlate_columns(
+                        dtype, g, c, count, 1, s, n_first, n_last, p0, p1, r, first, last, x, dy, d_kernel
+                    )
 
 
 @parallel_kernel

@@ -137,8 +137,7 @@ def _multiply_panel(
     Of what comes next the first tiles ask for the next panel, a column of lines each, and the others for `ahead`.
     """
     itemsize = np.empty(0, dtype).itemsize
-    line, lines = CACHE_LINE // itemsize, _lines(dtype, gemm_columns(dtype))
-    packed = panel
+    lines, packed = _lines(dtype, gemm_columns(dtype)), panel
     for m in range(0, rows, TILE_ROWS):
         height, tile = min(TILE_ROWS, rows - m), m // TILE_ROWS
         wanted, step = next_b + tile * CACHE_LINE, next_step

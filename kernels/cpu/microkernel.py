@@ -1,9 +1,10 @@
-"""The four inner loops that everything on the CPU is made of, each a register tile written out in vector code.
+"""The inner loops that everything on the CPU is made of, each a register tile written out in vector code.
 
 `gemm_tile`       a tile of a matrix product, for every pointwise convolution and its gradients
 `depthwise_tile`  a few pixels of a depthwise convolution, forward, and backward to the input
 `sliding_tile`    the same for three taps a row, a pixel apart: each input is loaded once a row, not once a tap
 `correlate_tile`  one tap of a depthwise kernel's gradient
+`correlate_row`   three taps of it, a pixel apart
 
 Addresses are integers and strides count elements, so one compiled function of each serves every shape and layout.
 `dtype` is np.float32 or np.float64. Nothing is read or written outside the tile that the arguments describe.
@@ -182,9 +183,7 @@ def _prefetch_tile(emit: Vectors, height: int, c, c_row, past_caches) -> None:
     """
     builder, row_bytes = emit.builder, CHOSEN.vectors * emit.lanes * emit.itemsize
     apart = builder.and_(builder.mul(c_row, index(emit.itemsize)), index(L1_PERIOD // 2 - 1))
-    wanted = builder.and_(
-        builder.icmp_signed("!=", apart, index(0)), builder.icmp_signed("==", past_caches, index(0))
-    )
+    wanted = builder.and_(builder.icmp_signed("!=", apart, index(0)), builder.icmp_signed("==", past_caches, index(0)))
     with builder.if_then(wanted):
         for i in range(height):
             row = emit.at(emit.pointer(c), builder.mul(c_row, index(i)))
@@ -234,9 +233,7 @@ def _store_tile(emit: Vectors, tile, masks, rows, columns, c, c_row, past_caches
     builder, height, width = emit.builder, len(tile), CHOSEN.vectors
     with builder.if_then(emit.bounded(low, high)):
         lows, highs = emit.splat(low), emit.splat(high)
-        _for_each(
-            emit, tile, lambda register: builder.store(emit.clamp(builder.load(register), lows, highs), register)
-        )
+        _for_each(emit, tile, lambda register: builder.store(emit.clamp(builder.load(register), lows, highs), register))
     c_rows = [emit.at(emit.pointer(c), builder.mul(c_row, index(i))) for i in range(height)]
     whole = builder.and_(
         builder.icmp_signed("==", rows, index(height)), builder.icmp_signed("==", columns, index(width * emit.lanes))
@@ -460,3 +457,70 @@ def _correlate_block(
                     builder.store(emit.multiply_add(x_value, y_value, builder.load(register)), register)
     for j, register in enumerate(sums):
         emit.store(builder.load(register), emit.at(target, index(j * emit.lanes)), mask)
+
+
+@intrinsic
+def correlate_row(
+    typing_context, dtype, channels, images, rows, columns, x, x_image, x_row, x_pixel, y, y_image, y_row, y_pixel,
+    out, out_tap,
+):  # fmt: skip
+    """out[s*out_tap + c] += sum over n < images, p < rows, q < columns of
+    x[n*x_image + p*x_row + (q+s)*x_pixel + c] * y[n*y_image + p*y_row + q*y_pixel + c]
+
+    for s < SLIDING_TAPS, c < channels: `correlate_tile` for the taps of a row, with each x loaded once for all."""
+
+    def codegen(context, builder, signature, arguments):
+        channels, *rest = arguments[1:]
+        emit = vectors_of(builder, signature)
+        _over_channels(
+            emit, channels, CHOSEN.slide_span, lambda first, span, mask: _correlate_taps(emit, first, span, mask, *rest)
+        )
+        return context.get_dummy_value()
+
+    return types.void(dtype, *[types.intp] * 14), codegen
+
+
+def _correlate_taps(
+    emit, first, span, mask, images, rows, columns, x, x_image, x_row, x_pixel, y, y_image, y_row, y_pixel, out, out_tap
+):
+    """SLIDING_TAPS x `span` sums in registers, over every pixel: several pixels at once, then one at a time."""
+    builder = emit.builder
+    sums = [
+        [emit.register(f"taps{span}_{'m' if mask else 'f'}_{tap}_{j}") for j in range(span)]
+        for tap in range(SLIDING_TAPS)
+    ]
+    targets = [emit.at(emit.at(emit.pointer(out), first), builder.mul(out_tap, index(t))) for t in range(SLIDING_TAPS)]
+    for target, registers in zip(targets, sums, strict=True):
+        for value, register in zip(_load_span(emit, target, span, mask), registers, strict=True):
+            builder.store(value, register)
+    x_first, y_first = emit.at(emit.pointer(x), first), emit.at(emit.pointer(y), first)
+    several = builder.sdiv(columns, index(PIXELS))
+    with cgutils.for_range(builder, images) as image, cgutils.for_range(builder, rows) as row:
+        x_line = emit.at(emit.at(x_first, builder.mul(image.index, x_image)), builder.mul(row.index, x_row))
+        y_line = emit.at(emit.at(y_first, builder.mul(image.index, y_image)), builder.mul(row.index, y_row))
+        for begin, blocks, pixels in (
+            (index(0), several, PIXELS),
+            (builder.mul(several, index(PIXELS)), builder.srem(columns, index(PIXELS)), 1),
+        ):
+            with cgutils.for_range(builder, blocks) as block:
+                pixel = builder.add(begin, builder.mul(block.index, index(pixels)))
+                _correlate_pixels(
+                    emit, sums, pixels, mask,
+                    emit.at(x_line, builder.mul(pixel, x_pixel)), x_pixel,
+                    emit.at(y_line, builder.mul(pixel, y_pixel)), y_pixel,
+                )  # fmt: skip
+    for target, registers in zip(targets, sums, strict=True):
+        for j, register in enumerate(registers):
+            emit.store(builder.load(register), emit.at(target, index(j * emit.lanes)), mask)
+
+
+def _correlate_pixels(emit: Vectors, sums, pixels: int, mask, x, x_pixel, y, y_pixel) -> None:
+    """Adds some pixels of y, times those of x that each tap meets."""
+    builder, span = emit.builder, len(sums[0])
+    ys = [_load_span(emit, emit.at(y, builder.mul(y_pixel, index(i))), span, mask) for i in range(pixels)]
+    for column in range(pixels + SLIDING_TAPS - 1):
+        values = _load_span(emit, emit.at(x, builder.mul(x_pixel, index(column))), span, mask)
+        for tap, registers in enumerate(sums):
+            if 0 <= column - tap < pixels:
+                for value, other, register in zip(values, ys[column - tap], registers, strict=True):
+                    builder.store(emit.multiply_add(value, other, builder.load(register)), register)
