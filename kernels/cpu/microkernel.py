@@ -103,12 +103,7 @@ def _gemm_tile(
     masks = [emit.mask(columns, j * emit.lanes) for j in range(width)]
     last = builder.sub(rows, index(1))
     sums = [[emit.register(f"sum{height}_{i}_{j}") for j in range(width)] for i in range(height)]
-    for i, row in enumerate(sums):
-        # a row past the end starts from the last one's values: they are read, and never stored
-        inside = builder.select(builder.icmp_signed("<", index(i), rows), index(i), last)
-        line = emit.at(emit.pointer(start), builder.mul(inside, start_row))
-        for j, register in enumerate(row):
-            builder.store(emit.load(emit.at(line, index(j * emit.lanes)), masks[j]), register)
+    _for_each(emit, sums, lambda register: builder.store(emit.zero(), register))
     _prefetch_tile(emit, height, c, c_row, past_caches)
     a_rows = _row_pointers(emit, a, a_row, height)
     totals = _Totals(emit, sums)
@@ -132,6 +127,13 @@ def _gemm_tile(
             _multiply_step(emit, sums, a_rows, a_row, a_step, b_vectors)
             emit.prefetch(emit.at(emit.pointer(ahead), builder.mul(k, ahead_step)))
     totals.add_to_sums(chunks)
+    for i, row in enumerate(sums):
+        # a row past the end gets the last one's values: they are read, and never stored
+        inside = builder.select(builder.icmp_signed("<", index(i), rows), index(i), last)
+        line = emit.at(emit.pointer(start), builder.mul(inside, start_row))
+        for j, register in enumerate(row):
+            value = emit.load(emit.at(line, index(j * emit.lanes)), masks[j])
+            builder.store(builder.fadd(builder.load(register), value), register)
     _store_tile(emit, sums, masks, rows, columns, c, c_row, past_caches, low, high)
 
 

@@ -225,6 +225,8 @@ SIZES = [
     dataclasses.replace(_PLAIN, filters=None, operation="depthwise", batch=37, channels=40, image=(6, 7)),
     dataclasses.replace(_PLAIN, filters=80, channels=200, batch=37, image=(4, 4), run="arrays", dtype="float64"),
     dataclasses.replace(_PLAIN, filters=70, channels=130, batch=19, image=(13, 12), run="arrays"),
+    dataclasses.replace(_PLAIN, filters=512, channels=70, image=(10, 11), operation="pointwise_depthwise"),
+    dataclasses.replace(_PLAIN, filters=45, channels=600, image=(9, 7), run="graph"),
 ]
 
 GRID = [

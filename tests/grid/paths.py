@@ -50,18 +50,33 @@ def _depthwise_paths(dtype, g: Geometry) -> set[str]:
     for tap in (0, g.kernel_width - 1):
         first, last = depthwise.inside(tap * g.dilation_width - g.pad_left, g.stride_width, g.out_width, g.width)
         inner_first, inner_last = max(inner_first, first), min(inner_last, last)
-    if inner_last - inner_first >= TILE.pixels:
-        found.add("depthwise: pixels together")
-        if (inner_last - inner_first) % TILE.pixels:
-            found.add("depthwise: inner pixels left over")
+    slides = g.kernel_width == microkernel.SLIDING_TAPS and g.dilation_width == g.stride_width
+    found |= _span_paths(inner_first, inner_last, slides)
     if inner_first > 0 or inner_last < g.out_width:
         found.add("depthwise: border pixels")
-    block, lanes = depthwise.channel_block(dtype), _lanes(dtype)
+    if slides and inner_first < inner_last:
+        found.add("depthwise gradient: taps together")
+    elif inner_first < inner_last:
+        found.add("depthwise gradient: a tap at a time")
+    block, lanes = depthwise.channel_block(dtype, g.width * g.kernel_height), _lanes(dtype)
     found |= {"depthwise: several channel blocks"} if g.channels > block else set()
-    found |= {"depthwise: vectors together"} if g.channels >= block else set()
-    found |= {"depthwise: one vector"} if g.channels % block >= lanes else set()
-    found |= {"depthwise: part of a vector"} if g.channels % lanes else set()
+    for name, span in (("", TILE.span), (" sliding", TILE.slide_span)):
+        if slides == (name == " sliding"):
+            found |= {f"depthwise{name}: vectors together"} if g.channels >= span * lanes else set()
+            found |= {f"depthwise{name}: one vector"} if g.channels % (span * lanes) >= lanes or span == 1 else set()
+            found |= {f"depthwise{name}: part of a vector"} if g.channels % lanes else set()
     return found | {f"depthwise gradient: {name}" for name in _kernel_gradient_parts(dtype, g)}
+
+
+def _span_paths(first: int, last: int, slides: bool) -> set[str]:
+    """How the inner pixels of a line are taken."""
+    name, found, i = "depthwise sliding" if slides else "depthwise", set(), first
+    while i < last:
+        start, pixels = depthwise._at_once(i, first, last, slides)
+        found.add(f"{name}: {'pixels together' if pixels > 1 else 'inner pixels left over'}")
+        found |= {f"{name}: pixels computed twice"} if start < i else set()
+        i = start + pixels
+    return found
 
 
 def _kernel_gradient_parts(dtype, g: Geometry) -> set[str]:
@@ -81,32 +96,44 @@ def _kernel_gradient_parts(dtype, g: Geometry) -> set[str]:
 
 def _product_paths(dtype, rows: int, depth: int, filters: int, workers: int) -> set[str]:
     """Of y = x . kernel and of d_x = dy . kernel^T."""
-    return _forward_paths(dtype, rows, depth, filters, workers) | _forward_paths(dtype, rows, filters, depth, workers)
+    forward = _forward_paths(dtype, rows, depth, filters, filters, 1, workers)
+    return forward | _forward_paths(dtype, rows, filters, depth, 1, filters, workers)
 
 
-def _forward_paths(dtype, rows: int, depth: int, filters: int, workers: int) -> set[str]:
+def _forward_paths(
+    dtype, rows: int, depth: int, filters: int, row_stride: int, column_stride: int, workers: int
+) -> set[str]:
     width = TILE.vectors * _lanes(dtype)
     row_parts = gemm._row_parts(rows, workers)
     tile_count = ceil_div(gemm.ceil_div(rows, gemm.TILE_ROWS), row_parts)
-    found = {f"product: {'shared' if gemm._shares_panels(dtype, rows, depth, workers) else 'private'} panels"}
+    left_over, found = rows % gemm.TILE_ROWS, set()
+    if gemm._shares_panels(dtype, rows, depth, row_stride, column_stride, workers):
+        found.add("product: shared panels")
+    else:
+        if column_stride == 1 and filters >= width:
+            found.add("product: panels packed in passing")
+            found |= {"product: rows of the kernel collide"} if gemm.rows_collide(dtype, row_stride) else set()
+        if column_stride != 1 or filters % width:
+            found.add("product: panels packed apart")
+    found |= {f"product: rows {'copied' if gemm.rows_collide(dtype, depth) else 'in place'}"}
     found |= {"product: several blocks"} if gemm.block_tiles(dtype, depth, tile_count) < tile_count else set()
     found |= {f"product: {'rows' if row_parts == workers else 'filters'} split"} if workers > 1 else set()
     found |= {"product: whole tile"} if rows >= gemm.TILE_ROWS and filters >= width else set()
-    found |= {f"product: {gemm.tile_height(rows % gemm.TILE_ROWS)} rows left over"} if rows % gemm.TILE_ROWS else set()
+    found |= {f"product: {gemm.tile_height(left_over)} rows left over"} if left_over else set()
+    found |= {"product: last tile copied"} if gemm.tile_height(left_over) > left_over > 0 else set()
     found |= {"product: columns left over"} if filters % width else set()
-    found |= {"product: several sums"} if depth > microkernel.SUMMED_AT_ONCE else set()
+    found |= {"product: two sums"} if depth > microkernel.SUMMED_AT_ONCE else set()
+    found |= {"product: three sums"} if depth > 2 * microkernel.SUMMED_AT_ONCE else set()
     found |= {"product: past the caches"} if gemm.past_caches(dtype, rows, filters, 0) else set()
     return found
 
 
 def _gradient_paths(dtype, rows: int, depth: int, filters: int) -> set[str]:
-    """Of d_kernel = x^T . dy."""
-    left_over = depth % gemm.TILE_ROWS
+    width = TILE.vectors * _lanes(dtype)
     found = {"product gradient: several blocks"} if rows > pointwise.GRADIENT_BLOCK_ROWS else set()
-    if left_over:
-        copied = gemm.tile_height(left_over) > left_over
-        found.add(f"product gradient: last tile {'copied' if copied else 'read in place'}")
-    return found
+    found |= {"product gradient: panels packed in passing"} if filters >= width else set()
+    found |= {"product gradient: columns left over"} if filters % width else set()
+    return found | ({"product gradient: rows left over"} if depth % gemm.TILE_ROWS else set())
 
 
 def every_path() -> set[str]:
@@ -130,17 +157,32 @@ def every_path() -> set[str]:
             "depthwise: vectors together",
             "depthwise: one vector",
             "depthwise: part of a vector",
+            "depthwise sliding: pixels together",
+            "depthwise sliding: pixels computed twice",
+            "depthwise sliding: inner pixels left over",
+            "depthwise sliding: vectors together",
+            "depthwise sliding: one vector",
+            "depthwise sliding: part of a vector",
+            "depthwise gradient: taps together",
+            "depthwise gradient: a tap at a time",
             "depthwise gradient: whole images",
             "depthwise gradient: part of an image",
-            "product: private panels",
+            "product: panels packed in passing",
+            "product: panels packed apart",
+            "product: rows of the kernel collide",
             "product: shared panels",
+            "product: rows copied",
+            "product: rows in place",
+            "product: last tile copied",
             "product: several blocks",
             "product: whole tile",
             "product: columns left over",
-            "product: several sums",
+            "product: two sums",
+            "product: three sums",
             "product: past the caches",
             "product gradient: several blocks",
-            "product gradient: last tile copied",
-            "product gradient: last tile read in place",
+            "product gradient: panels packed in passing",
+            "product gradient: columns left over",
+            "product gradient: rows left over",
         }
     )
