@@ -338,7 +338,7 @@ def _kernel_gradient(dtype, worker, workers, g, x, dy, sums):
 def kernel_gradient(dtype, g, x, dy, d_kernel, accumulate, threads):
     """Fills d_kernel, or adds to it with `accumulate`. Assumes: g.multiplier is 1."""
     sums = np.zeros((GRADIENT_GROUPS, g.kernel_height * g.kernel_width * g.channels), dtype)
-    _kernel_gradient(dtype, threads, g, x, dy, address(sums))
+    _kernel_gradient(dtype, GRADIENT_GROUPS if threads > 1 else 1, g, x, dy, address(sums))
     add_groups(dtype, sums, d_kernel, accumulate)
 
 

@@ -19,6 +19,7 @@ from .packing import pack, pack_panel, packed_length
 TILE_ROWS = GEMM_ROWS[0]
 BLOCK_BYTES = 384 * 1024  # a block of a: an L2 of 1 MiB holds it, what the next is made of, and a panel of the kernel
 ONLY_BLOCK_BYTES = 720 * 1024  # the same where there is no next one
+LEAST_BLOCKS, SHARES_A_THREAD = 4, 4
 PASSES = 4  # packing a kernel in passing for so many blocks costs no more than packing it once beforehand
 BLOCK_TILES = 12  # more rows than that would cost more in address translation than they save
 STREAMED_BYTES = 24 << 20  # an output larger than that is gone from the caches before anyone reads it
@@ -69,16 +70,6 @@ def _row_parts(rows, workers):
 
 
 @kernel
-def work(dtype, rows, filters, worker, workers):
-    """A worker's share: (first tile of rows, past the last, first filter, past the last)."""
-    width = gemm_columns(dtype)
-    parts = _row_parts(rows, workers)
-    first, last = share(ceil_div(rows, TILE_ROWS), worker % parts, parts)
-    f_first, f_last = share(ceil_div(filters, width), worker // parts, workers // parts)
-    return first, last, f_first * width, min(f_last * width, filters)
-
-
-@kernel
 def block_tiles(dtype, depth, tiles):
     """Tiles of rows in a block, the blocks of a worker's `tiles` tiles about equal."""
     tile_bytes = TILE_ROWS * padded_row(dtype, depth) * np.empty(0, dtype).itemsize
@@ -86,6 +77,28 @@ def block_tiles(dtype, depth, tiles):
         return max(1, tiles)
     most = min(max(1, BLOCK_BYTES // tile_bytes), BLOCK_TILES)
     return ceil_div(tiles, ceil_div(tiles, most))
+
+
+@kernel
+def shares(dtype, rows, depth, threads):
+    """Into how many shares a product is cut for `threads` threads: more than one each where there are many blocks.
+
+    A thread that something else holds up then leaves some of its shares to the others. A share still has several
+    blocks, for only within a share is the next one brought into L2.
+    """
+    tiles = ceil_div(ceil_div(rows, TILE_ROWS), threads)
+    blocks = ceil_div(tiles, block_tiles(dtype, depth, tiles))
+    return threads * min(max(1, blocks // LEAST_BLOCKS), SHARES_A_THREAD) if threads > 1 else 1
+
+
+@kernel
+def work(dtype, rows, filters, worker, workers):
+    """A worker's share: (first tile of rows, past the last, first filter, past the last)."""
+    width = gemm_columns(dtype)
+    parts = _row_parts(rows, workers)
+    first, last = share(ceil_div(rows, TILE_ROWS), worker % parts, parts)
+    f_first, f_last = share(ceil_div(filters, width), worker // parts, workers // parts)
+    return first, last, f_first * width, min(f_last * width, filters)
 
 
 @kernel

@@ -24,6 +24,7 @@ from .gemm import (
     rows_collide,
     shared_length,
     shared_panels,
+    shares,
     tile_height,
     work,
 )
@@ -82,7 +83,8 @@ def multiply(dtype, rows, depth, filters, x, kernel, row_stride, column_stride, 
     zeros = np.zeros(filters, dtype)
     start = bias if bias != 0 else address(zeros)
     panels = shared_panels(dtype, rows, depth, filters, kernel, row_stride, column_stride, packed, threads)
-    _multiply(dtype, threads, rows, depth, filters, x, kernel, row_stride, column_stride, panels, start, y, low, high)
+    parts = shares(dtype, rows, depth, threads)
+    _multiply(dtype, parts, rows, depth, filters, x, kernel, row_stride, column_stride, panels, start, y, low, high)
     keep(zeros)
     give(packed)
 
@@ -209,7 +211,7 @@ def column_sums(dtype, rows, columns, x, total, threads):
     """total[j] = sum over m of x[m,j]."""
     ones = np.ones(columns, dtype)
     sums = np.zeros((BIAS_GROUPS, columns), dtype)
-    _column_sums(dtype, threads, rows, columns, x, address(ones), address(sums))
+    _column_sums(dtype, BIAS_GROUPS if threads > 1 else 1, rows, columns, x, address(ones), address(sums))
     add_groups(dtype, sums, total, False)
     keep(ones)
 

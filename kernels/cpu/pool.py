@@ -36,10 +36,11 @@ _shares: dict[bytes, tuple[ctypes.Array, Callback]] = {}
 
 
 def parallel_kernel(function: Callable) -> Callable:
-    """Compile `function(dtype, worker, workers, ...)`, a share of the work, to be called as `(dtype, threads, ...)`.
+    """Compile `function(dtype, worker, workers, ...)`, a share of the work, to be called as `(dtype, shares, ...)`.
 
     Parameters named `g` are a Geometry, `low` and `high` numbers of the dtype, all others integers.
-    The shares must not depend on each other: they may run one after another, on one thread.
+    The shares must not depend on each other: they may run one after another, on one thread. There may be more of them
+    than threads: a thread that is done takes another.
     """
     names = list(inspect.signature(function).parameters)[3:]
     for scalar in _DTYPES:
@@ -115,7 +116,9 @@ def _emit_run(context, builder, name: str, argument_types: list[types.Type], val
     with builder.if_else(builder.icmp_signed("!=", mode, _WORD(threads.SERIAL))) as (then, otherwise):
         with then:
             pool = _external(builder, "numba_parallel_for", ir.VoidType(), [_BYTES] * 5 + [_WORD] * 3)
-            builder.call(pool, [builder.bitcast(entry, _BYTES), *protocol, no_data, _WORD(0), _WORD(2), workers])
+            most = builder.load_atomic(_pool_cell(builder, threads.COUNT), "monotonic", 8)
+            fewer = builder.select(builder.icmp_signed("<", workers, most), workers, most)
+            builder.call(pool, [builder.bitcast(entry, _BYTES), *protocol, no_data, _WORD(0), _WORD(2), fewer])
             with builder.if_then(builder.icmp_signed("==", mode, _WORD(threads.EXCLUSIVE))):
                 builder.store_atomic(_WORD(0), _pool_cell(builder, threads.BUSY), "release", 8)
         with otherwise:

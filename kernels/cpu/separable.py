@@ -64,7 +64,8 @@ def _forward_single(dtype, g, filters, x, depthwise, pointwise, bias, y, low, hi
     zeros = np.zeros(filters, dtype)
     start = bias if bias != 0 else address(zeros)
     panels = gemm.shared_panels(dtype, pixels, depth, filters, pointwise, filters, 1, packed, threads)
-    _forward(dtype, threads, g, filters, x, depthwise, pointwise, panels, start, y, low, high)
+    shares = gemm.shares(dtype, pixels, depth, threads)
+    _forward(dtype, shares, g, filters, x, depthwise, pointwise, panels, start, y, low, high)
     keep(zeros)
     give(packed)
 

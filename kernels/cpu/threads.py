@@ -37,7 +37,7 @@ from numba.np.ufunc import parallel
 
 NUM_THREADS_VARIABLE = "FASTSEPCONV_NUM_THREADS"
 CELLS_SYMBOL = "fastsepconv_pool"  # the name by which compiled code knows the cells below
-MODE, BUSY = 1, 2  # cell numbers; cell 0 is the number of threads
+COUNT, MODE, BUSY = 0, 1, 2  # cell numbers
 SERIAL, SHARED, EXCLUSIVE = 0, 1, 2  # how the pool may be used: not at all, by any thread, by one thread at a time
 _TBB_LIBRARY = {"linux": "libtbb.so.12", "win32": "tbb12.dll", "darwin": "libtbb.12.dylib"}
 
@@ -63,9 +63,9 @@ def get_num_threads() -> int:
     Raises:
         ValueError: FASTSEPCONV_NUM_THREADS does not hold an integer from 1 to the size of Numba's pool.
     """
-    if _cells[0] == 0:
-        _cells[0] = _default_num_threads()
-    return _cells[0]
+    if _cells[COUNT] == 0:
+        _cells[COUNT] = _default_num_threads()
+    return _cells[COUNT]
 
 
 def set_num_threads(n: int) -> None:
@@ -78,7 +78,7 @@ def set_num_threads(n: int) -> None:
         raise TypeError(_sentence("argument", "num_threads", n))
     if not 1 <= n <= numba.config.NUMBA_NUM_THREADS:
         raise ValueError(_sentence("argument", "num_threads", n))
-    _cells[0] = int(n)
+    _cells[COUNT] = int(n)
 
 
 def ensure_started() -> None:

@@ -104,7 +104,8 @@ def _forward_paths(
     dtype, rows: int, depth: int, filters: int, row_stride: int, column_stride: int, workers: int
 ) -> set[str]:
     width = TILE.vectors * _lanes(dtype)
-    row_parts = gemm._row_parts(rows, workers)
+    shares = gemm.shares(dtype, rows, depth, workers)
+    row_parts = gemm._row_parts(rows, shares)
     tile_count = ceil_div(gemm.ceil_div(rows, gemm.TILE_ROWS), row_parts)
     left_over, found = rows % gemm.TILE_ROWS, set()
     if gemm._shares_panels(dtype, rows, depth, row_stride, column_stride, workers):
@@ -117,7 +118,8 @@ def _forward_paths(
             found.add("product: panels packed apart")
     found |= {f"product: rows {'copied' if gemm.rows_collide(dtype, depth) else 'in place'}"}
     found |= {"product: several blocks"} if gemm.block_tiles(dtype, depth, tile_count) < tile_count else set()
-    found |= {f"product: {'rows' if row_parts == workers else 'filters'} split"} if workers > 1 else set()
+    found |= {f"product: {'rows' if row_parts == shares else 'filters'} split"} if workers > 1 else set()
+    found |= {"product: more shares than threads"} if shares > workers else set()
     found |= {"product: whole tile"} if rows >= gemm.TILE_ROWS and filters >= width else set()
     found |= {f"product: {gemm.tile_height(left_over)} rows left over"} if left_over else set()
     found |= {"product: last tile copied"} if gemm.tile_height(left_over) > left_over > 0 else set()
@@ -139,7 +141,8 @@ def _gradient_paths(dtype, rows: int, depth: int, filters: int) -> set[str]:
 def every_path() -> set[str]:
     """What a whole run has to take. On one core there is no pool, and nothing is split."""
     heights = {gemm.tile_height(rows) for rows in range(1, gemm.TILE_ROWS)}
-    parallel = {"pool", "product: rows split", "product: filters split"} if threads.get_num_threads() > 1 else set()
+    split = {"pool", "product: rows split", "product: filters split", "product: more shares than threads"}
+    parallel = split if threads.get_num_threads() > 1 else set()
     return (
         {f"product: {height} rows left over" for height in heights}
         | parallel
