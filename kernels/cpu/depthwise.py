@@ -17,20 +17,12 @@ import math
 import numpy as np
 
 from ..geometry import Geometry
+from .depthwise_tiles import PIXELS, SLIDES, SLIDING_TAPS, correlate_row, correlate_tile, depthwise_tile, sliding_tile
 from .jit import kernel
 from .memory import address, ceil_div, keep, share, view
-from .microkernel import (
-    PIXELS,
-    SLIDES,
-    SLIDING_TAPS,
-    correlate_row,
-    correlate_tile,
-    depthwise_tile,
-    lanes,
-    sliding_tile,
-)
 from .pointwise import add_groups, column_sums
 from .pool import parallel_kernel
+from .simd import lanes
 from .tiles import CHOSEN
 
 GRADIENT_GROUPS = 16  # partial sums of d_kernel: a constant, so that the result does not depend on the thread count

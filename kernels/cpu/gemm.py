@@ -3,29 +3,29 @@
     y[m,f] = clamp(start[f] + sum over k of a[m,k] * kernel[k,f])
 
 The blocking is that of Goto and van de Geijn (Anatomy of High-Performance Matrix Multiplication, 2008) with one level
-less, since the whole depth is summed in registers: a block of a, in padded rows, stays in L2; panels of the kernel
-stream past it, each read by every tile of rows of the block.
+less, since the whole depth is summed in registers: a block of a stays in L2; panels of the kernel stream
+past it, each read by every tile of rows of the block. What is needed next (the next panel, the next block) is asked
+for while the registers are busy with the present one.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
+from .gemm_tile import GEMM_ROWS, gemm_columns, gemm_tile
 from .jit import kernel
 from .memory import ceil_div, share
-from .microkernel import CACHE_LINE, GEMM_ROWS, L1_PERIOD, gemm_columns, gemm_tile
 from .packing import pack, pack_panel, packed_length
+from .simd import CACHE_LINE, L1_PERIOD
 
 TILE_ROWS = GEMM_ROWS[0]
 BLOCK_BYTES = 384 * 1024  # a block of a: an L2 of 1 MiB holds it, what the next is made of, and a panel of the kernel
 ONLY_BLOCK_BYTES = 720 * 1024  # the same where there is no next one
-LEAST_BLOCKS, SHARES_A_THREAD = 4, 4
+LEAST_BLOCKS, SHARES_A_THREAD = 4, 4  # blocks in a share at least, shares for a thread at most
 PASSES = 4  # packing a kernel in passing for so many blocks costs no more than packing it once beforehand
 BLOCK_TILES = 12  # more rows than that would cost more in address translation than they save
 STREAMED_BYTES = 24 << 20  # an output larger than that is gone from the caches before anyone reads it
-LEAST_TILES = (
-    8  # a worker with fewer tiles of rows would spend its time on reading the kernel: filters are split instead
-)
+LEAST_TILES = 8  # a worker with fewer tiles of rows would mostly read the kernel: filters are split instead
 
 
 @kernel

@@ -12,11 +12,11 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
+from .gemm_tile import GEMM_ROWS, gemm_columns
 from .jit import kernel
 from .memory import ceil_div, share
-from .microkernel import GEMM_ROWS, gemm_columns, vectors_of
 from .pool import parallel_kernel
-from .simd import Vectors, index
+from .simd import Vectors, index, vectors_of
 from .tiles import CHOSEN
 
 

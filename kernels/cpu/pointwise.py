@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from .depthwise_tiles import correlate_tile
 from .gemm import (
     TILE_ROWS,
     block_tiles,
@@ -28,9 +29,9 @@ from .gemm import (
     tile_height,
     work,
 )
+from .gemm_tile import gemm_columns, gemm_tile
 from .jit import kernel
 from .memory import address, ceil_div, copy, fence, keep, share, view
-from .microkernel import correlate_tile, gemm_columns, gemm_tile
 from .packing import pack_panel, pack_strip, strip_width
 from .pool import parallel_kernel
 from .scratch import give, take

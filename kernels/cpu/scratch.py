@@ -16,7 +16,7 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from .jit import kernel
-from .microkernel import CACHE_LINE
+from .simd import CACHE_LINE
 
 SHELF_PLACES = 64
 LARGEST_KEPT = 32 << 20  # bytes: a larger block is freed at once

@@ -8,6 +8,12 @@ from __future__ import annotations
 
 from llvmlite import ir
 from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+from .tiles import CHOSEN
+
+CACHE_LINE = 64
+L1_PERIOD = 4096  # bytes: addresses so far apart share one set of L1, whose sets are counted within a page
 
 INDEX = ir.IntType(64)
 _BIT = ir.IntType(1)
@@ -75,6 +81,10 @@ class Vectors:
         function = self._declare("llvm.masked.load", self.type, [vector.type, _LANE, mask.type, self.type], ".p0")
         return self.builder.call(function, [vector, ir.Constant(_LANE, self.itemsize), mask, self.zero()])
 
+    def load_span(self, pointer, count: int, mask=None) -> list:
+        """Vectors that lie side by side."""
+        return [self.load(self.at(pointer, index(j * self.lanes)), mask) for j in range(count)]
+
     def store(self, value, pointer, mask=None):
         """One vector; lanes that are off write nothing."""
         vector = self.builder.bitcast(pointer, self.type.as_pointer())
@@ -119,3 +129,33 @@ class Vectors:
         return cgutils.get_or_insert_function(
             self.builder.module, ir.FunctionType(result, arguments), f"{name}.{self._suffix}{pointer_suffix}"
         )
+
+
+def vectors_of(builder, signature) -> Vectors:
+    """The emitter for the dtype that is the first argument of an intrinsic."""
+    return Vectors(builder, signature.args[0], CHOSEN.vector_bytes, CHOSEN.fused)
+
+
+def emit_cases(builder, value, cases, emit_case) -> None:
+    """Runs the code of `emit_case(case)` for the one of `cases`, known at compile time, that `value` is."""
+    after, unreachable = builder.append_basic_block("after"), builder.append_basic_block("unreachable")
+    choice = builder.switch(value, unreachable)
+    for case in cases:
+        block = builder.append_basic_block(f"case{case}")
+        choice.add_case(index(case), block)
+        builder.position_at_end(block)
+        emit_case(case)
+        builder.branch(after)
+    builder.position_at_end(unreachable)
+    builder.unreachable()
+    builder.position_at_end(after)
+
+
+@intrinsic
+def lanes(typing_context, dtype):
+    """Elements of `dtype` in a vector register."""
+
+    def codegen(context, builder, signature, arguments):
+        return index(vectors_of(builder, signature).lanes)
+
+    return types.intp(dtype), codegen

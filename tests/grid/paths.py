@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fastsepconv.kernels.cpu import depthwise, gemm, microkernel, pointwise, separable, threads, tiles
+from fastsepconv.kernels.cpu import depthwise, depthwise_tiles, gemm, gemm_tile, pointwise, separable, threads, tiles
 from fastsepconv.kernels.cpu.memory import ceil_div, share
 from fastsepconv.kernels.geometry import Geometry
 from tests.grid.cases import Case
@@ -50,7 +50,7 @@ def _depthwise_paths(dtype, g: Geometry) -> set[str]:
     for tap in (0, g.kernel_width - 1):
         first, last = depthwise.inside(tap * g.dilation_width - g.pad_left, g.stride_width, g.out_width, g.width)
         inner_first, inner_last = max(inner_first, first), min(inner_last, last)
-    slides = g.kernel_width == microkernel.SLIDING_TAPS and g.dilation_width == g.stride_width
+    slides = g.kernel_width == depthwise_tiles.SLIDING_TAPS and g.dilation_width == g.stride_width
     found |= _span_paths(inner_first, inner_last, slides)
     if inner_first > 0 or inner_last < g.out_width:
         found.add("depthwise: border pixels")
@@ -124,8 +124,8 @@ def _forward_paths(
     found |= {f"product: {gemm.tile_height(left_over)} rows left over"} if left_over else set()
     found |= {"product: last tile copied"} if gemm.tile_height(left_over) > left_over > 0 else set()
     found |= {"product: columns left over"} if filters % width else set()
-    found |= {"product: two sums"} if depth > microkernel.SUMMED_AT_ONCE else set()
-    found |= {"product: three sums"} if depth > 2 * microkernel.SUMMED_AT_ONCE else set()
+    found |= {"product: two sums"} if depth > gemm_tile.SUMMED_AT_ONCE else set()
+    found |= {"product: three sums"} if depth > 2 * gemm_tile.SUMMED_AT_ONCE else set()
     found |= {"product: past the caches"} if gemm.past_caches(dtype, rows, filters, 0) else set()
     return found
 

@@ -1,0 +1,217 @@
+"""The inner loop of every matrix product: a register tile written out in vector code.
+
+Addresses are integers and strides count elements, so one compiled function serves every shape and layout. `dtype` is
+np.float32 or np.float64. Nothing is written outside the tile that the arguments describe.
+"""
+
+from __future__ import annotations
+
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+from .simd import CACHE_LINE, L1_PERIOD, Vectors, emit_cases, index, vectors_of
+from .tiles import CHOSEN
+
+GEMM_ROWS = CHOSEN.rows
+SUMMED_AT_ONCE = (
+    256  # products in a running sum: its rounding error grows with its length, that of sums of sums less
+)
+ROWS_A_POINTER = 3
+EARLY = 24  # rows of b from being asked for to being read, where it is not packed: memory answers within so many
+
+
+@intrinsic
+def gemm_columns(typing_context, dtype):
+    """Columns of `gemm_tile`; a packed kernel comes in panels of so many."""
+
+    def codegen(context, builder, signature, arguments):
+        return index(CHOSEN.vectors * vectors_of(builder, signature).lanes)
+
+    return types.intp(dtype), codegen
+
+
+@intrinsic
+def gemm_tile(
+    typing_context, dtype, tile_rows, rows, columns, depth,
+    a, a_row, a_step, b, b_step, panel, ahead, ahead_step, start, start_row, c, c_row, past_caches, low, high,
+):  # fmt: skip
+    """c[i*c_row + j] = clamp(start[i*start_row + j] + sum over k < depth of a[i*a_row + k*a_step] * b[k*b_step + j])
+
+    for i < rows, j < columns. `tile_rows` is one of GEMM_ROWS, at least `rows`; `columns` is at most `vectors*lanes`.
+    All `tile_rows` rows of a and all `vectors*lanes` columns of b are read, whatever `rows` and `columns` are.
+    Meanwhile b is copied into the packed `panel`, if that is not 0, and one cache line a k is asked for in L2: that
+    which holds `ahead + k*ahead_step`.
+
+    Assumes: depth >= 0; a's rows and b's columns readable to the tile's full size; c's rows at multiples of a vector
+    if `past_caches` is not 0.
+    """
+
+    def codegen(context, builder, signature, arguments):
+        tile_rows, *rest = arguments[1:]
+        emit = vectors_of(builder, signature)
+        emit_cases(builder, tile_rows, GEMM_ROWS, lambda height: _gemm_tile(emit, height, *rest))
+        return context.get_dummy_value()
+
+    signature = types.void(dtype, *[types.intp] * 17, dtype.instance_type, dtype.instance_type)
+    return signature, codegen
+
+
+def _gemm_tile(
+    emit, height, rows, columns, depth, a, a_row, a_step, b, b_step, panel, ahead, ahead_step,
+    start, start_row, c, c_row, past_caches, low, high,
+):  # fmt: skip
+    """One height of `gemm_tile`: height x vectors sums stay in registers, and go to the totals now and then."""
+    builder, width = emit.builder, CHOSEN.vectors
+    masks = [emit.mask(columns, j * emit.lanes) for j in range(width)]
+    last = builder.sub(rows, index(1))
+    sums = [[emit.register(f"sum{height}_{i}_{j}") for j in range(width)] for i in range(height)]
+    _for_each(emit, sums, lambda register: builder.store(emit.zero(), register))
+    _prefetch_tile(emit, height, c, c_row, past_caches)
+    a_rows = _row_pointers(emit, a, a_row, height)
+    totals = _Totals(emit, sums)
+    chunks = builder.sdiv(builder.add(depth, index(SUMMED_AT_ONCE - 1)), index(SUMMED_AT_ONCE))
+    with cgutils.for_range(builder, chunks) as chunk:
+        totals.take_sums(chunk.index)
+        first = builder.mul(chunk.index, index(SUMMED_AT_ONCE))
+        left = builder.sub(depth, first)
+        count = builder.select(builder.icmp_signed("<", left, index(SUMMED_AT_ONCE)), left, index(SUMMED_AT_ONCE))
+        with cgutils.for_range(builder, count) as loop:
+            k = builder.add(first, loop.index)
+            b_line = emit.at(emit.pointer(b), builder.mul(k, b_step))
+            b_vectors = emit.load_span(b_line, width, None)
+            with builder.if_then(builder.icmp_signed("!=", panel, index(0)), likely=False):
+                packed = emit.at(emit.pointer(panel), builder.mul(k, index(width * emit.lanes)))
+                for j, b_vector in enumerate(b_vectors):
+                    emit.store(b_vector, emit.at(packed, index(j * emit.lanes)))
+                early = emit.at(b_line, builder.mul(b_step, index(EARLY)))
+                for offset in range(0, width * emit.lanes * emit.itemsize, CACHE_LINE):
+                    emit.prefetch(emit.at(early, index(offset // emit.itemsize)))
+            _multiply_step(emit, sums, a_rows, a_row, a_step, b_vectors)
+            emit.prefetch(emit.at(emit.pointer(ahead), builder.mul(k, ahead_step)))
+    totals.add_to_sums(chunks)
+    for i, row in enumerate(sums):
+        # a row past the end gets the last one's values: they are read, and never stored
+        inside = builder.select(builder.icmp_signed("<", index(i), rows), index(i), last)
+        line = emit.at(emit.pointer(start), builder.mul(inside, start_row))
+        for j, register in enumerate(row):
+            value = emit.load(emit.at(line, index(j * emit.lanes)), masks[j])
+            builder.store(builder.fadd(builder.load(register), value), register)
+    _store_tile(emit, sums, masks, rows, columns, c, c_row, past_caches, low, high)
+
+
+class _Totals:
+    """What a tile's sums add up to, chunk by chunk. It lies in memory: the sums have all the registers."""
+
+    def __init__(self, emit: Vectors, sums: list) -> None:
+        self.emit, self.sums = emit, [register for row in sums for register in row]
+        memory = cgutils.alloca_once(emit.builder, emit.type, size=index(len(self.sums)))
+        self.memory = _opaque(emit.builder, memory)  # or the compiler would move it to registers, and the sums out
+
+    def _update(self, sums_after) -> None:
+        for number, register in enumerate(self.sums):
+            sums_after(register, self.emit.builder.gep(self.memory, [index(number)]))
+
+    def take_sums(self, chunk) -> None:
+        """Before a chunk: nothing for the first; then the sums so far become, or are added to, the totals."""
+        builder = self.emit.builder
+
+        def begin(register, total):
+            builder.store(builder.load(register), total)
+
+        def add(register, total):
+            builder.store(builder.fadd(builder.load(total), builder.load(register)), total)
+
+        with builder.if_then(builder.icmp_signed(">", chunk, index(0)), likely=False):
+            with builder.if_else(builder.icmp_signed("==", chunk, index(1))) as (then, otherwise):
+                with then:
+                    self._update(begin)
+                with otherwise:
+                    self._update(add)
+            self._update(lambda register, total: builder.store(self.emit.zero(), register))
+
+    def add_to_sums(self, chunks) -> None:
+        """After the last chunk: the sums of all."""
+        builder = self.emit.builder
+
+        def add(register, total):
+            builder.store(builder.fadd(builder.load(total), builder.load(register)), register)
+
+        with builder.if_then(builder.icmp_signed(">", chunks, index(1))):
+            self._update(add)
+
+
+def _prefetch_tile(emit: Vectors, height: int, c, c_row, past_caches) -> None:
+    """Ask for the lines of c, so that they have come when they are written.
+
+    Not for rows that collide in L1 (see `rows_collide`): they would drive each other out, and a's rows too.
+    """
+    builder, row_bytes = emit.builder, CHOSEN.vectors * emit.lanes * emit.itemsize
+    apart = builder.and_(builder.mul(c_row, index(emit.itemsize)), index(L1_PERIOD // 2 - 1))
+    wanted = builder.and_(builder.icmp_signed("!=", apart, index(0)), builder.icmp_signed("==", past_caches, index(0)))
+    with builder.if_then(wanted):
+        for i in range(height):
+            row = emit.at(emit.pointer(c), builder.mul(c_row, index(i)))
+            for offset in range(0, row_bytes, CACHE_LINE):
+                emit.prefetch(emit.at(row, index(offset // emit.itemsize)), level=1, write=True)
+
+
+def _for_each(emit: Vectors, tile, action) -> None:
+    for row in tile:
+        for register in row:
+            action(register)
+
+
+def _row_pointers(emit: Vectors, a, a_row, height: int) -> list:
+    """A pointer to every third row of a, in a slot of its own.
+
+    From each the two rows after it are reached by the addressing modes of x86. Left to itself the compiler goes from
+    row to row by additions that wait for each other, and take turns with the arithmetic. So it is not told that one
+    pointer follows from another.
+    """
+    builder, slots = emit.builder, []
+    for first in range(0, height, ROWS_A_POINTER):
+        pointer = emit.at(emit.pointer(a), builder.mul(a_row, index(first)))
+        slots.append(cgutils.alloca_once_value(builder, _opaque(builder, pointer)))
+    return slots
+
+
+def _opaque(builder, value):
+    """The same value, of which the compiler no longer knows where it comes from."""
+    return builder.asm(ir.FunctionType(value.type, [value.type]), "", "=r,0", [value], False)
+
+
+def _multiply_step(emit: Vectors, sums, a_rows, a_row, a_step, b_vectors) -> None:
+    """One k: a row of b, times an element of each row of a, whose pointers then go on to the next."""
+    builder = emit.builder
+    for i, row in enumerate(sums):
+        pointer = builder.load(a_rows[i // ROWS_A_POINTER])
+        a_value = emit.broadcast(emit.at(pointer, builder.mul(a_row, index(i % ROWS_A_POINTER))))
+        for b_vector, register in zip(b_vectors, row, strict=True):
+            builder.store(emit.multiply_add(a_value, b_vector, builder.load(register)), register)
+    for slot in a_rows:
+        builder.store(_opaque(builder, emit.at(builder.load(slot), a_step)), slot)
+
+
+def _store_tile(emit: Vectors, tile, masks, rows, columns, c, c_row, past_caches, low, high) -> None:
+    """Clamps the tile and writes what of it lies inside."""
+    builder, height, width = emit.builder, len(tile), CHOSEN.vectors
+    with builder.if_then(emit.bounded(low, high)):
+        lows, highs = emit.splat(low), emit.splat(high)
+        _for_each(emit, tile, lambda register: builder.store(emit.clamp(builder.load(register), lows, highs), register))
+    c_rows = [emit.at(emit.pointer(c), builder.mul(c_row, index(i))) for i in range(height)]
+    whole = builder.and_(
+        builder.icmp_signed("==", rows, index(height)), builder.icmp_signed("==", columns, index(width * emit.lanes))
+    )
+    with builder.if_else(whole) as (then, otherwise):
+        with then, builder.if_else(builder.icmp_signed("!=", past_caches, index(0))) as (streamed, stored):
+            for branch, store in ((streamed, emit.stream), (stored, emit.store)):
+                with branch:
+                    for target, row in zip(c_rows, tile, strict=True):
+                        for j, register in enumerate(row):
+                            store(builder.load(register), emit.at(target, index(j * emit.lanes)))
+        with otherwise:
+            for i, (target, row) in enumerate(zip(c_rows, tile, strict=True)):
+                with builder.if_then(builder.icmp_signed("<", index(i), rows)):
+                    for j, register in enumerate(row):
+                        emit.store(builder.load(register), emit.at(target, index(j * emit.lanes)), masks[j])
