@@ -16,10 +16,10 @@ import math
 
 import numpy as np
 
-from ..geometry import Geometry
 from .depthwise_tiles import PIXELS, SLIDES, SLIDING_TAPS, correlate_row, correlate_tile, depthwise_tile, sliding_tile
 from .jit import kernel
-from .memory import address, ceil_div, keep, share, view
+from .memory import address, ceil_div, keep, share
+from .multiplier import repeat_channels, single, sum_repeated
 from .pointwise import add_groups, column_sums
 from .pool import parallel_kernel
 from .simd import lanes
@@ -332,39 +332,6 @@ def kernel_gradient(dtype, g, x, dy, d_kernel, accumulate, threads):
     sums = np.zeros((GRADIENT_GROUPS, g.kernel_height * g.kernel_width * g.channels), dtype)
     _kernel_gradient(dtype, GRADIENT_GROUPS if threads > 1 else 1, g, x, dy, address(sums))
     add_groups(dtype, sums, d_kernel, accumulate)
-
-
-@kernel
-def single(g):
-    """The geometry of the same convolution over input channels repeated `multiplier` times: its multiplier is 1."""
-    return Geometry(
-        g.batch, g.height, g.width, g.channels * g.multiplier, 1, g.kernel_height, g.kernel_width,
-        g.stride_height, g.stride_width, g.dilation_height, g.dilation_width, g.pad_top, g.pad_left,
-        g.out_height, g.out_width,
-    )  # fmt: skip
-
-
-@kernel
-def repeat_channels(dtype, g, x):
-    """x with each channel repeated `multiplier` times, as a new array `[N*H*W*C*M]`."""
-    count = g.batch * g.height * g.width * g.channels
-    source = view(dtype, x, count)
-    repeated = np.empty(count * g.multiplier, dtype)
-    for i in range(count):
-        for m in range(g.multiplier):
-            repeated[i * g.multiplier + m] = source[i]
-    return repeated
-
-
-@kernel
-def sum_repeated(dtype, g, repeated, d_x):
-    """d_x[i] = sum over m of repeated[i*M + m]: the gradient of `repeat_channels`."""
-    target = view(dtype, d_x, g.batch * g.height * g.width * g.channels)
-    for i in range(target.size):
-        total = repeated[i * g.multiplier]
-        for m in range(1, g.multiplier):
-            total += repeated[i * g.multiplier + m]
-        target[i] = total
 
 
 @kernel

@@ -14,9 +14,7 @@ from .simd import CACHE_LINE, L1_PERIOD, Vectors, emit_cases, index, vectors_of
 from .tiles import CHOSEN
 
 GEMM_ROWS = CHOSEN.rows
-SUMMED_AT_ONCE = (
-    256  # products in a running sum: its rounding error grows with its length, that of sums of sums less
-)
+SUMMED_AT_ONCE = 256  # products in a running sum: its rounding error grows with its length, that of sums of sums less
 ROWS_A_POINTER = 3
 EARLY = 24  # rows of b from being asked for to being read, where it is not packed: memory answers within so many
 

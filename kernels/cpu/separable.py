@@ -21,6 +21,7 @@ from . import pointwise as pw
 from .gemm import TILE_ROWS
 from .jit import kernel
 from .memory import address, fence, keep
+from .multiplier import repeat_channels, single, sum_repeated
 from .pool import parallel_kernel
 from .scratch import give, take
 
@@ -76,8 +77,8 @@ def forward(dtype, g, filters, x, depthwise, pointwise, bias, y, low, high, thre
     if g.multiplier == 1:
         _forward_single(dtype, g, filters, x, depthwise, pointwise, bias, y, low, high, threads)
     else:
-        repeated = dw.repeat_channels(dtype, g, x)
-        wide = dw.single(g)
+        repeated = repeat_channels(dtype, g, x)
+        wide = single(g)
         _forward_single(dtype, wide, filters, address(repeated), depthwise, pointwise, bias, y, low, high, threads)
         keep(repeated)
 
@@ -124,15 +125,15 @@ def backward(dtype, g, filters, x, depthwise, pointwise, dy, d_x, d_depthwise, d
     if g.multiplier == 1:
         _backward_single(dtype, g, filters, x, depthwise, pointwise, dy, d_x, d_depthwise, d_pointwise, threads)
     else:
-        repeated = dw.repeat_channels(dtype, g, x)
+        repeated = repeat_channels(dtype, g, x)
         d_repeated = np.empty(repeated.size if d_x != 0 else 0, dtype)
         target = address(d_repeated) if d_x != 0 else 0
         _backward_single(
-            dtype, dw.single(g), filters, address(repeated), depthwise, pointwise, dy,
+            dtype, single(g), filters, address(repeated), depthwise, pointwise, dy,
             target, d_depthwise, d_pointwise, threads,
         )  # fmt: skip
         if d_x != 0:
-            dw.sum_repeated(dtype, g, d_repeated, d_x)
+            sum_repeated(dtype, g, d_repeated, d_x)
         keep(repeated)
         keep(d_repeated)
     if d_bias != 0:

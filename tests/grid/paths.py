@@ -7,7 +7,17 @@ from __future__ import annotations
 
 import numpy as np
 
-from fastsepconv.kernels.cpu import depthwise, depthwise_tiles, gemm, gemm_tile, pointwise, separable, threads, tiles
+from fastsepconv.kernels.cpu import (
+    depthwise,
+    depthwise_tiles,
+    gemm,
+    gemm_tile,
+    multiplier,
+    pointwise,
+    separable,
+    threads,
+    tiles,
+)
 from fastsepconv.kernels.cpu.memory import ceil_div, share
 from fastsepconv.kernels.geometry import Geometry
 from tests.grid.cases import Case
@@ -18,7 +28,7 @@ TILE = tiles.CHOSEN
 def paths(case: Case) -> set[str]:
     """The names of the paths, forward and backward."""
     dtype = np.dtype(case.dtype).type
-    g = depthwise.single.py_func(case.geometry)
+    g = multiplier.single.py_func(case.geometry)
     workers = min(case.threads, threads.get_num_threads())
     found = {
         "pool" if workers > 1 else "serial",
