@@ -32,9 +32,12 @@ print(seconds, jit.state()["compiled"])
 
 def test_first_call_from_a_warm_cache_takes_less_than_a_second():
     run(START)
-    seconds, compiled = zip(*(run(START).split() for _ in range(2)), strict=True)
-    assert compiled == ("0", "0")
-    assert min(map(float, seconds)) < 1.0
+    measured = []
+    while len(measured) < 5 and min(measured, default=1.0) >= 1.0:  # the machine may be busy with something else
+        seconds, compiled = run(START).split()
+        assert compiled == "0"
+        measured.append(float(seconds))
+    assert min(measured) < 1.0, measured
 
 
 LAZY = """
