@@ -6,8 +6,7 @@
     d_bias[c]       = sum over n, p, q of dy[n,p,q,c]
 
 Addresses of C-contiguous channels-last float32 or float64 arrays. A depth multiplier M > 1 is served by repeating
-each input channel M times first. Taps that fall outside the image are skipped, not multiplied by zeros: along one
-line, the pixels whose taps are all inside go several at a time, the few at the borders one at a time with fewer taps.
+each input channel M times first. Taps that fall outside the image are skipped, not multiplied by zeros.
 """
 
 from __future__ import annotations
@@ -16,90 +15,20 @@ import math
 
 import numpy as np
 
-from .depthwise_tiles import PIXELS, SLIDES, SLIDING_TAPS, correlate_row, correlate_tile, depthwise_tile, sliding_tile
+from .depthwise_line import inside, line_span
+from .depthwise_tiles import SLIDING_TAPS, correlate_row, correlate_tile
 from .jit import kernel
-from .memory import address, ceil_div, keep, share
+from .memory import address, ceil_div, keep, share, view
 from .multiplier import repeat_channels, single, sum_repeated
 from .pointwise import add_groups, column_sums
 from .pool import parallel_kernel
+from .scratch import give, take
 from .simd import lanes
 from .tiles import CHOSEN
 
 GRADIENT_GROUPS = 16  # partial sums of d_kernel: a constant, so that the result does not depend on the thread count
 LINES_BYTES = 32 * 1024  # what a few lines need of L1
 BAND_BYTES = 192 * 1024  # lines worked on together stay in L2
-
-
-@kernel
-def inside(origin, step, count, size):
-    """The j in [first, last) of 0..count for which 0 <= origin + j*step < size. step is not 0."""
-    if step == 1:  # nearly always, and nothing to divide
-        first, last = -origin, size - origin
-    elif step > 0:
-        first, last = ceil_div(-origin, step), (size - 1 - origin) // step + 1
-    else:
-        first, last = ceil_div(origin - size + 1, -step), origin // -step + 1
-    first = min(max(first, 0), count)
-    return first, max(first, min(last, count))
-
-
-@kernel
-def _at_once(i, first, last, slides):
-    """(first pixel, pixels) of the tile that computes pixel i, and more if i lies in first..last.
-
-    Sliding tiles may begin before i: a pixel computed twice costs less than one computed alone.
-    """
-    if i < first or i >= last:
-        return i, 1
-    if slides:
-        for pixels in SLIDES:
-            if last - i >= pixels:
-                return i, pixels
-        for pixels in SLIDES[::-1]:
-            if last - i <= pixels <= last - first:
-                return last - pixels, pixels
-        return i, 1
-    return i, PIXELS if i + PIXELS <= last else 1
-
-
-@kernel
-def _span(
-    dtype, count, first, last, x, x_row, rows, origin, pixel_step, tap_step, taps, size, channels,
-    kernel, kernel_row, kernel_tap, bias, y, y_pixel, low, high,
-):  # fmt: skip
-    """Pixels first..last of a line, pixel i and tap j reading column `origin + i*pixel_step + j*tap_step` of x.
-
-    x is the address of column 0 in the line's first row of `size` columns, `channels` apart; y that of pixel `first`.
-    `count` channels are computed.
-    """
-    itemsize = np.empty(0, dtype).itemsize
-    if tap_step < 0:  # the same taps, from the last to the first
-        origin, tap_step = origin + (taps - 1) * tap_step, -tap_step
-        kernel, kernel_tap = kernel + (taps - 1) * kernel_tap * itemsize, -kernel_tap
-    head_first, head_last = inside(origin, pixel_step, last, size)
-    tail_first, tail_last = inside(origin + (taps - 1) * tap_step, pixel_step, last, size)
-    inner_first, inner_last = max(first, max(head_first, tail_first)), min(head_last, tail_last)
-    slides = taps == SLIDING_TAPS and tap_step == pixel_step
-    i = first
-    while i < last:
-        start, pixels = _at_once(i, inner_first, inner_last, slides)
-        column, tap, tap_count = origin + start * pixel_step, 0, taps
-        if pixels == 1:
-            tap, tap_end = inside(column, tap_step, taps, size)
-            tap_count = tap_end - tap
-        source = x + (column + tap * tap_step) * channels * itemsize
-        target, weights = y + (start - first) * y_pixel * itemsize, kernel + tap * kernel_tap * itemsize
-        if slides and pixels > 1:
-            sliding_tile(
-                dtype, pixels, count, rows, source, x_row, pixel_step * channels,
-                weights, kernel_row, kernel_tap, bias, target, y_pixel, low, high,
-            )  # fmt: skip
-        else:
-            depthwise_tile(
-                dtype, pixels, count, rows, tap_count, source, x_row, tap_step * channels, pixel_step * channels,
-                weights, kernel_row, kernel_tap, bias, target, y_pixel, low, high,
-            )  # fmt: skip
-        i = start + pixels
 
 
 @kernel
@@ -111,7 +40,7 @@ def _forward_span(dtype, g, c, count, n, p, q_first, q_last, x, kernel, bias, y,
     r_first, r_last = inside(top, g.dilation_height, g.kernel_height, g.height)
     kernel_row = g.kernel_width * g.channels
     x_line = (n * g.height + top + r_first * g.dilation_height) * line
-    _span(
+    line_span(
         dtype, count, q_first, q_last, x + (x_line + c) * itemsize, g.dilation_height * line, r_last - r_first,
         -g.pad_left, g.stride_width, g.dilation_width, g.kernel_width, g.width, g.channels,
         kernel + (r_first * kernel_row + c) * itemsize, kernel_row, g.channels,
@@ -212,7 +141,7 @@ def _input_line(dtype, g, c, count, n, h, kernel, dy, d_x):
             phase + g.pad_left, g.stride_width, g.dilation_width, g.kernel_width
         )
         rows = row_last - row_first if s_count > 0 else 0
-        _span(
+        line_span(
             dtype, count, 0, ceil_div(g.width - phase, g.stride_width),
             dy + ((n * g.out_height + p) * line + c) * itemsize, p_step * line, rows,
             q, 1, q_step, s_count, g.out_width, g.channels,
@@ -240,23 +169,29 @@ def input_gradient(dtype, worker, workers, g, kernel, dy, d_x):
 
 @kernel
 def _correlate_columns(
-    dtype, g, c, count, taps, s, n_first, n_last, p_first, p_last, r, q_first, q_last, x, dy, d_kernel
+    dtype, g, c, count, sliding, s, n_first, n_last, p_first, p_last, r, q_first, q_last, x, dy, out
 ):
-    """Adds columns q_first..q_last of output lines p_first..p_last to tap (r, s) of d_kernel, and to `taps` in all."""
+    """Adds columns q_first..q_last of output lines p_first..p_last to tap (r, s) of d_kernel.
+
+    With `sliding`, to the row's taps from s = 0 on, of which the first column may lack its first, the last its last.
+    """
+    if q_first >= q_last or p_first >= p_last:
+        return
     itemsize = np.empty(0, dtype).itemsize
     channels = g.channels
     row, column = p_first * g.stride_height + r * g.dilation_height - g.pad_top, q_first * g.stride_width
     column += s * g.dilation_width - g.pad_left
     x_at = x + (((n_first * g.height + row) * g.width + column) * channels + c) * itemsize
     dy_at = dy + (((n_first * g.out_height + p_first) * g.out_width + q_first) * channels + c) * itemsize
-    out = d_kernel + ((r * g.kernel_width + s) * channels + c) * itemsize
-    images, rows, columns = n_last - n_first, max(0, p_last - p_first), max(0, q_last - q_first)
+    out += ((r * g.kernel_width + s) * channels + c) * itemsize
+    images, rows, columns = n_last - n_first, p_last - p_first, q_last - q_first
     x_image, x_row, x_pixel = g.height * g.width * channels, g.stride_height * g.width * channels, g.stride_width
     dy_image, dy_row = g.out_height * g.out_width * channels, g.out_width * channels
-    if taps > 1:
+    if sliding:
+        last_column = column + (columns + 1) * g.stride_width
         correlate_row(
-            dtype, count, images, rows, columns, x_at, x_image, x_row, x_pixel * channels,
-            dy_at, dy_image, dy_row, channels, out, channels,
+            dtype, 1 if column < 0 else 0, 1 if last_column >= g.width else 0, count, images, rows, columns,
+            x_at, x_image, x_row, x_pixel * channels, dy_at, dy_image, dy_row, channels, out, channels,
         )  # fmt: skip
     else:
         correlate_tile(
@@ -275,29 +210,27 @@ def _tap_columns(g, s):
 def _correlate(dtype, g, n_first, n_last, p_first, p_last, x, dy, d_kernel):
     """Adds output lines p_first..p_last of images n_first..n_last to d_kernel.
 
-    A row of taps at once over the columns that all of them reach, where they slide; then a tap at a time over the rest.
+    Where a row's taps slide, all of them at once over the columns whose middle tap is inside; then a tap at a time
+    over the rest.
     """
     step = 2 * CHOSEN.span * lanes(dtype)
     slides = g.kernel_width == SLIDING_TAPS and g.dilation_width == g.stride_width
-    inner_first, inner_last = 0, 0
+    slide_first, slide_last = 0, 0
     if slides:
-        inner_first, inner_last = _tap_columns(g, 0)[0], _tap_columns(g, SLIDING_TAPS - 1)[1]
-        inner_last = max(inner_first, inner_last)
+        slide_first, slide_last = _tap_columns(g, 1)
     for c in range(0, g.channels, step):  # what a block of channels reads stays in L1 for all taps
         count = min(step, g.channels - c)
         for r in range(g.kernel_height):
             p0, p1 = inside(r * g.dilation_height - g.pad_top, g.stride_height, p_last, g.height)
             p0 = max(p0, p_first)
-            if slides:
-                _correlate_columns(
-                    dtype, g, c, count, SLIDING_TAPS, 0, n_first, n_last, p0, p1, r,
-                    inner_first, inner_last, x, dy, d_kernel,
-                )  # fmt: skip
+            _correlate_columns(
+                dtype, g, c, count, True, 0, n_first, n_last, p0, p1, r, slide_first, slide_last, x, dy, d_kernel
+            )
             for s in range(g.kernel_width):
                 q0, q1 = _tap_columns(g, s)
-                for first, last in ((q0, min(q1, inner_first)), (max(q0, inner_last), q1)):
+                for first, last in ((q0, min(q1, slide_first)), (max(q0, slide_last), q1)):
                     _correlate_columns(
-                        dtype, g, c, count, 1, s, n_first, n_last, p0, p1, r, first, last, x, dy, d_kernel
+                        dtype, g, c, count, False, s, n_first, n_last, p0, p1, r, first, last, x, dy, d_kernel
                     )
 
 
@@ -310,9 +243,11 @@ def _kernel_gradient(dtype, worker, workers, g, x, dy, sums):
     itemsize = np.empty(0, dtype).itemsize
     line_bytes = (g.width * g.stride_height + g.out_width) * g.channels * itemsize
     lines_at_once = max(1, BAND_BYTES // max(1, line_bytes))
+    size = g.kernel_height * g.kernel_width * g.channels
     first_group, last_group = share(GRADIENT_GROUPS, worker, workers)
     for group in range(first_group, last_group):
-        out = sums + group * g.kernel_height * g.kernel_width * g.channels * itemsize
+        out = sums + group * size * itemsize
+        view(dtype, out, size)[:] = 0
         line, last = share(g.batch * g.out_height, group, GRADIENT_GROUPS)
         while line < last:
             n, p = line // g.out_height, line % g.out_height
@@ -329,9 +264,11 @@ def _kernel_gradient(dtype, worker, workers, g, x, dy, sums):
 @kernel
 def kernel_gradient(dtype, g, x, dy, d_kernel, accumulate, threads):
     """Fills d_kernel, or adds to it with `accumulate`. Assumes: g.multiplier is 1."""
-    sums = np.zeros((GRADIENT_GROUPS, g.kernel_height * g.kernel_width * g.channels), dtype)
-    _kernel_gradient(dtype, GRADIENT_GROUPS if threads > 1 else 1, g, x, dy, address(sums))
-    add_groups(dtype, sums, d_kernel, accumulate)
+    size = g.kernel_height * g.kernel_width * g.channels
+    sums = take(dtype, GRADIENT_GROUPS * size)
+    _kernel_gradient(dtype, GRADIENT_GROUPS if threads > 1 else 1, g, x, dy, sums)
+    add_groups(dtype, GRADIENT_GROUPS, size, sums, d_kernel, accumulate)
+    give(sums)
 
 
 @kernel

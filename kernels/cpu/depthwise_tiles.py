@@ -14,7 +14,7 @@ from __future__ import annotations
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from .simd import CACHE_LINE, Vectors, emit_cases, index, vectors_of
+from .simd import Vectors, emit_cases, index, vectors_of
 from .tiles import CHOSEN
 
 PIXELS = CHOSEN.pixels
@@ -73,7 +73,8 @@ def _depthwise_block(
 ):  # fmt: skip
     """`pixels` pixels x `span` channel vectors from channel `first` on, accumulated in registers over all taps."""
     builder = emit.builder
-    accumulators = _accumulators(emit, "dw", pixels, first, span, mask, bias)
+    masks = [mask] * span
+    accumulators = _accumulators(emit, "dw", pixels, first, masks, bias)
     x_first = emit.at(emit.pointer(x), first)
     kernel_first = emit.at(emit.pointer(kernel), first)
     with cgutils.for_range(builder, rows) as row_loop:
@@ -81,77 +82,96 @@ def _depthwise_block(
         kernel_line = emit.at(kernel_first, builder.mul(row_loop.index, kernel_row))
         with cgutils.for_range(builder, taps) as tap_loop:
             x_taps = emit.at(x_line, builder.mul(tap_loop.index, x_tap))
-            weights = emit.load_span(emit.at(kernel_line, builder.mul(tap_loop.index, kernel_tap)), span, mask)
+            weights = emit.load_span(emit.at(kernel_line, builder.mul(tap_loop.index, kernel_tap)), masks)
             for i, accumulator in enumerate(accumulators):
                 source = emit.at(x_taps, builder.mul(x_pixel, index(i)))
                 for j, register in enumerate(accumulator):
                     value = emit.load(emit.at(source, index(j * emit.lanes)), mask)
                     builder.store(emit.multiply_add(value, weights[j], builder.load(register)), register)
-    _store_pixels(emit, accumulators, first, mask, y, y_pixel, low, high)
+    _store_pixels(emit, accumulators, first, masks, y, y_pixel, low, high)
+
+
+@intrinsic
+def sliding_channels(typing_context, dtype):
+    """The most channels that `sliding_tile` takes."""
+
+    def codegen(context, builder, signature, arguments):
+        return index(CHOSEN.slide_span * vectors_of(builder, signature).lanes)
+
+    return types.intp(dtype), codegen
 
 
 @intrinsic
 def sliding_tile(
-    typing_context, dtype, pixels, channels, rows, x, x_row, x_pixel, kernel, kernel_row, kernel_tap,
-    bias, y, y_pixel, low, high,
+    typing_context, dtype, pixels, cut_left, cut_right, channels, rows, x, x_row, x_pixel,
+    kernel, kernel_row, kernel_tap, bias, y, y_pixel, low, high,
 ):  # fmt: skip
-    """`depthwise_tile` for SLIDING_TAPS taps with x_tap == x_pixel. `pixels` is one of SLIDES."""
+    """`depthwise_tile` for SLIDING_TAPS taps with x_tap == x_pixel, on at most `sliding_channels`.
+
+    `pixels` is one of SLIDES. Where `cut_left` is not 0, the first pixel's first tap falls outside the image and is
+    left out; `cut_right` tells the same of the last pixel's last tap. x is where the first tap would read.
+    """
 
     def codegen(context, builder, signature, arguments):
-        pixels, channels, *rest = arguments[1:]
+        pixels, cut_left, cut_right, channels, *rest = arguments[1:]
         emit = vectors_of(builder, signature)
-
-        def tile(count):
-            def block(first, span, mask):
-                _sliding_block(emit, count, first, span, mask, *rest)
-
-            _over_channels(emit, channels, CHOSEN.slide_span, block)
-
-        emit_cases(builder, pixels, SLIDES, tile)
+        cuts = [builder.icmp_signed("!=", cut, index(0)) for cut in (cut_left, cut_right)]
+        whole = builder.icmp_signed("==", channels, index(CHOSEN.slide_span * emit.lanes))
+        with builder.if_else(whole) as (then, otherwise):
+            for branch, masked in ((then, False), (otherwise, True)):
+                with branch:
+                    masks = [emit.mask(channels, j * emit.lanes) if masked else None for j in range(CHOSEN.slide_span)]
+                    emit_cases(
+                        builder, pixels, SLIDES, lambda count, masks=masks: _sliding(emit, count, cuts, masks, *rest)
+                    )
         return context.get_dummy_value()
 
-    signature = types.void(dtype, *[types.intp] * 12, dtype.instance_type, dtype.instance_type)
+    signature = types.void(dtype, *[types.intp] * 14, dtype.instance_type, dtype.instance_type)
     return signature, codegen
 
 
-def _sliding_block(
-    emit, pixels, first, span, mask, rows, x, x_row, x_pixel, kernel, kernel_row, kernel_tap,
-    bias, y, y_pixel, low, high,
-):  # fmt: skip
-    """`pixels` pixels x `span` channel vectors; the pixels that the next tile is the first to read come into L1."""
-    builder = emit.builder
-    accumulators = _accumulators(emit, "slide", pixels, first, span, mask, bias)
-    x_first, kernel_first = emit.at(emit.pointer(x), first), emit.at(emit.pointer(kernel), first)
+def _sliding(
+    emit, pixels, cuts, masks, rows, x, x_row, x_pixel, kernel, kernel_row, kernel_tap, bias, y, y_pixel, low, high
+):
+    """`pixels` pixels x `masks` channel vectors; the pixels that the next tile is the first to read come into L1."""
+    builder, columns = emit.builder, pixels + SLIDING_TAPS - 1
+    accumulators = _accumulators(emit, "slide", pixels, index(0), masks, bias)
+    x_first, kernel_first = emit.pointer(x), emit.pointer(kernel)
     with cgutils.for_range(builder, rows) as loop:
         x_line = emit.at(x_first, builder.mul(loop.index, x_row))
         kernel_line = emit.at(kernel_first, builder.mul(loop.index, kernel_row))
         weights = [
-            emit.load_span(emit.at(kernel_line, builder.mul(kernel_tap, index(tap))), span, mask)
+            emit.load_span(emit.at(kernel_line, builder.mul(kernel_tap, index(tap))), masks)
             for tap in range(SLIDING_TAPS)
         ]
-        for column in range(pixels + SLIDING_TAPS - 1):
-            values = emit.load_span(emit.at(x_line, builder.mul(x_pixel, index(column))), span, mask)
-            for tap in range(SLIDING_TAPS):
-                if 0 <= column - tap < pixels:
-                    for value, weight, register in zip(values, weights[tap], accumulators[column - tap], strict=True):
-                        builder.store(emit.multiply_add(value, weight, builder.load(register)), register)
+
+        def add_column(column, x_line=x_line, weights=weights):
+            values = emit.load_span(emit.at(x_line, builder.mul(x_pixel, index(column))), masks)
+            for tap in range(max(0, column - pixels + 1), min(SLIDING_TAPS, column + 1)):
+                for value, weight, register in zip(values, weights[tap], accumulators[column - tap], strict=True):
+                    builder.store(emit.multiply_add(value, weight, builder.load(register)), register)
+
+        for column in range(columns):
+            if 0 < column < columns - 1:
+                add_column(column)
+            else:
+                with builder.if_then(builder.not_(cuts[0 if column == 0 else 1])):
+                    add_column(column)
     last_line = emit.at(x_first, builder.mul(builder.sub(rows, index(1)), x_row))
-    for column in range(pixels + SLIDING_TAPS - 1, 2 * pixels + SLIDING_TAPS - 1):
-        ahead = emit.at(last_line, builder.mul(x_pixel, index(column)))
-        for offset in range(0, span * emit.lanes * emit.itemsize, CACHE_LINE):
-            emit.prefetch(emit.at(ahead, index(offset // emit.itemsize)), level=1)
-    _store_pixels(emit, accumulators, first, mask, y, y_pixel, low, high)
+    for column in range(columns, columns + pixels):
+        emit.prefetch_span(emit.at(last_line, builder.mul(x_pixel, index(column))), len(masks))
+    _store_pixels(emit, accumulators, index(0), masks, y, y_pixel, low, high)
 
 
-def _accumulators(emit: Vectors, name: str, pixels: int, first, span: int, mask, bias) -> list:
-    """Registers for pixels x span vectors that hold the bias, or zero where its address is 0."""
-    builder = emit.builder
-    label = f"{name}{pixels}_{span}_{'m' if mask else 'f'}"
+def _accumulators(emit: Vectors, name: str, pixels: int, first, masks: list, bias) -> list:
+    """Registers for pixels x `masks` vectors that hold the bias, or zero where its address is 0."""
+    builder, span = emit.builder, len(masks)
+    label = f"{name}{pixels}_{span}_{'m' if masks[0] else 'f'}"
     accumulators = [[emit.register(f"{label}_{i}_{j}") for j in range(span)] for i in range(pixels)]
     for j in range(span):
         builder.store(emit.zero(), accumulators[0][j])
     with builder.if_then(builder.icmp_signed("!=", bias, index(0))):
-        for j, value in enumerate(emit.load_span(emit.at(emit.pointer(bias), first), span, mask)):
+        for j, value in enumerate(emit.load_span(emit.at(emit.pointer(bias), first), masks)):
             builder.store(value, accumulators[0][j])
     for row in accumulators[1:]:
         for j in range(span):
@@ -159,16 +179,18 @@ def _accumulators(emit: Vectors, name: str, pixels: int, first, span: int, mask,
     return accumulators
 
 
-def _store_pixels(emit: Vectors, accumulators, first, mask, y, y_pixel, low, high) -> None:
+def _store_pixels(emit: Vectors, accumulators, first, masks: list, y, y_pixel, low, high) -> None:
     """Clamps the accumulators and writes them, a pixel each `y_pixel` elements."""
     builder = emit.builder
-    low, high = emit.splat(low), emit.splat(high)
+    with builder.if_then(emit.bounded(low, high)):
+        lows, highs = emit.splat(low), emit.splat(high)
+        for register in (register for accumulator in accumulators for register in accumulator):
+            builder.store(emit.clamp(builder.load(register), lows, highs), register)
     y_first = emit.at(emit.pointer(y), first)
     for i, accumulator in enumerate(accumulators):
         target = emit.at(y_first, builder.mul(y_pixel, index(i)))
-        for j, register in enumerate(accumulator):
-            value = emit.clamp(builder.load(register), low, high)
-            emit.store(value, emit.at(target, index(j * emit.lanes)), mask)
+        for j, (register, mask) in enumerate(zip(accumulator, masks, strict=True)):
+            emit.store(builder.load(register), emit.at(target, index(j * emit.lanes)), mask)
 
 
 @intrinsic
@@ -218,66 +240,88 @@ def _correlate_block(
 
 @intrinsic
 def correlate_row(
-    typing_context, dtype, channels, images, rows, columns, x, x_image, x_row, x_pixel, y, y_image, y_row, y_pixel,
-    out, out_tap,
+    typing_context, dtype, cut_left, cut_right, channels, images, rows, columns, x, x_image, x_row, x_pixel,
+    y, y_image, y_row, y_pixel, out, out_tap,
 ):  # fmt: skip
     """out[s*out_tap + c] += sum over n < images, p < rows, q < columns of
     x[n*x_image + p*x_row + (q+s)*x_pixel + c] * y[n*y_image + p*y_row + q*y_pixel + c]
 
-    for s < SLIDING_TAPS, c < channels: `correlate_tile` for the taps of a row, with each x loaded once for all."""
+    for s < SLIDING_TAPS, c < channels: `correlate_tile` for the taps of a row, with each x loaded once for all. Where
+    `cut_left` is not 0, the first column's first tap is left out, where `cut_right` the last one's last.
+    """
 
     def codegen(context, builder, signature, arguments):
-        channels, *rest = arguments[1:]
+        cut_left, cut_right, channels, *rest = arguments[1:]
         emit = vectors_of(builder, signature)
+        cuts = [builder.icmp_signed("!=", cut, index(0)) for cut in (cut_left, cut_right)]
         _over_channels(
-            emit, channels, CHOSEN.slide_span, lambda first, span, mask: _correlate_taps(emit, first, span, mask, *rest)
-        )
+            emit, channels, CHOSEN.slide_span,
+            lambda first, span, mask: _correlate_taps(emit, cuts, first, [mask] * span, *rest),
+        )  # fmt: skip
         return context.get_dummy_value()
 
-    return types.void(dtype, *[types.intp] * 14), codegen
+    return types.void(dtype, *[types.intp] * 16), codegen
 
 
 def _correlate_taps(
-    emit, first, span, mask, images, rows, columns, x, x_image, x_row, x_pixel, y, y_image, y_row, y_pixel, out, out_tap
-):
-    """SLIDING_TAPS x `span` sums in registers, over every pixel: several pixels at once, then one at a time."""
+    emit, cuts, first, masks, images, rows, columns, x, x_image, x_row, x_pixel, y, y_image, y_row, y_pixel,
+    out, out_tap,
+):  # fmt: skip
+    """SLIDING_TAPS x `masks` sums in registers, over every pixel."""
     builder = emit.builder
-    sums = [
-        [emit.register(f"taps{span}_{'m' if mask else 'f'}_{tap}_{j}") for j in range(span)]
-        for tap in range(SLIDING_TAPS)
-    ]
+    label = f"taps{len(masks)}_{'m' if masks[0] else 'f'}"
+    sums = [[emit.register(f"{label}_{tap}_{j}") for j in range(len(masks))] for tap in range(SLIDING_TAPS)]
     targets = [emit.at(emit.at(emit.pointer(out), first), builder.mul(out_tap, index(t))) for t in range(SLIDING_TAPS)]
     for target, registers in zip(targets, sums, strict=True):
-        for value, register in zip(emit.load_span(target, span, mask), registers, strict=True):
+        for value, register in zip(emit.load_span(target, masks), registers, strict=True):
             builder.store(value, register)
     x_first, y_first = emit.at(emit.pointer(x), first), emit.at(emit.pointer(y), first)
-    several = builder.sdiv(columns, index(PIXELS))
     with cgutils.for_range(builder, images) as image, cgutils.for_range(builder, rows) as row:
         x_line = emit.at(emit.at(x_first, builder.mul(image.index, x_image)), builder.mul(row.index, x_row))
         y_line = emit.at(emit.at(y_first, builder.mul(image.index, y_image)), builder.mul(row.index, y_row))
-        for begin, blocks, pixels in (
-            (index(0), several, PIXELS),
-            (builder.mul(several, index(PIXELS)), builder.srem(columns, index(PIXELS)), 1),
-        ):
-            with cgutils.for_range(builder, blocks) as block:
-                pixel = builder.add(begin, builder.mul(block.index, index(pixels)))
-                _correlate_pixels(
-                    emit, sums, pixels, mask,
-                    emit.at(x_line, builder.mul(pixel, x_pixel)), x_pixel,
-                    emit.at(y_line, builder.mul(pixel, y_pixel)), y_pixel,
-                )  # fmt: skip
+        _correlate_line(emit, cuts, sums, masks, columns, x_line, x_pixel, y_line, y_pixel)
     for target, registers in zip(targets, sums, strict=True):
-        for j, register in enumerate(registers):
+        for j, (register, mask) in enumerate(zip(registers, masks, strict=True)):
             emit.store(builder.load(register), emit.at(target, index(j * emit.lanes)), mask)
 
 
-def _correlate_pixels(emit: Vectors, sums, pixels: int, mask, x, x_pixel, y, y_pixel) -> None:
-    """Adds some pixels of y, times those of x that each tap meets."""
-    builder, span = emit.builder, len(sums[0])
-    ys = [emit.load_span(emit.at(y, builder.mul(y_pixel, index(i))), span, mask) for i in range(pixels)]
-    for column in range(pixels + SLIDING_TAPS - 1):
-        values = emit.load_span(emit.at(x, builder.mul(x_pixel, index(column))), span, mask)
-        for tap, registers in enumerate(sums):
+def _correlate_line(emit: Vectors, cuts, sums, masks: list, columns, x, x_pixel, y, y_pixel) -> None:
+    """Adds a line to the sums: its cut ends, then what lies between, several pixels at once and one at a time."""
+    builder = emit.builder
+
+    def pixels(first, count, taps):
+        x_at, y_at = (emit.at(line, builder.mul(first, step)) for line, step in ((x, x_pixel), (y, y_pixel)))
+        _correlate_pixels(emit, sums, count, taps, masks, x_at, x_pixel, y_at, y_pixel)
+
+    left, right = cuts
+    last = builder.sub(columns, index(1))
+    alone = builder.and_(builder.and_(left, right), builder.icmp_signed("==", last, index(0)))
+    with builder.if_then(left):
+        pixels(index(0), 1, (1,))
+        with builder.if_then(builder.not_(alone)):
+            pixels(index(0), 1, (2,))
+    with builder.if_then(builder.and_(right, builder.not_(alone))):
+        pixels(last, 1, (0, 1))
+    begin, end = builder.zext(left, columns.type), builder.sub(columns, builder.zext(right, columns.type))
+    between = builder.sub(end, begin)
+    several = builder.select(builder.icmp_signed(">", between, index(0)), between, index(0))
+    several = builder.sdiv(several, index(PIXELS))
+    single = builder.add(begin, builder.mul(several, index(PIXELS)))
+    for start, blocks, count in ((begin, several, PIXELS), (single, builder.sub(end, single), 1)):
+        with cgutils.for_range(builder, blocks) as block:
+            pixels(builder.add(start, builder.mul(block.index, index(count))), count, range(SLIDING_TAPS))
+
+
+def _correlate_pixels(emit: Vectors, sums, pixels: int, taps, masks: list, x, x_pixel, y, y_pixel) -> None:
+    """Adds some pixels of y, times those of x that each of `taps` meets; the channels behind them come into L1."""
+    builder, behind = emit.builder, index(len(masks) * emit.lanes)
+    for line, step, count in ((y, y_pixel, pixels), (x, x_pixel, pixels)):
+        for i in range(count):
+            emit.prefetch_span(emit.at(line, builder.add(builder.mul(step, index(i)), behind)), len(masks))
+    ys = [emit.load_span(emit.at(y, builder.mul(y_pixel, index(i))), masks) for i in range(pixels)]
+    for column in range(min(taps), pixels + max(taps)):
+        values = emit.load_span(emit.at(x, builder.mul(x_pixel, index(column))), masks)
+        for tap in taps:
             if 0 <= column - tap < pixels:
-                for value, other, register in zip(values, ys[column - tap], registers, strict=True):
+                for value, other, register in zip(values, ys[column - tap], sums[tap], strict=True):
                     builder.store(emit.multiply_add(value, other, builder.load(register)), register)

@@ -189,31 +189,31 @@ def _column_sums(dtype, worker, workers, rows, columns, x, ones, sums):
     first, last = share(BIAS_GROUPS, worker, workers)
     for group in range(first, last):
         m0, m1 = share(rows, group, BIAS_GROUPS)
-        correlate_tile(
-            dtype, columns, 1, 1, m1 - m0, ones, 0, 0, 0,
-            x + m0 * columns * itemsize, 0, 0, columns, sums + group * columns * itemsize,
-        )  # fmt: skip
+        out = sums + group * columns * itemsize
+        view(dtype, out, columns)[:] = 0
+        correlate_tile(dtype, columns, 1, 1, m1 - m0, ones, 0, 0, 0, x + m0 * columns * itemsize, 0, 0, columns, out)
 
 
 @kernel
-def add_groups(dtype, sums, total, accumulate):
-    """total[j] = sum over groups of sums[group,j], in their order; or += with `accumulate`."""
-    groups, size = sums.shape
+def add_groups(dtype, groups, size, sums, total, accumulate):
+    """total[j] = sum over groups of sums[group*size + j], in their order; or += with `accumulate`."""
     result = view(dtype, total, size)
     if not accumulate:
         result[:] = 0
     for group in range(groups):
+        part = view(dtype, sums + group * size * result.itemsize, size)
         for j in range(size):
-            result[j] += sums[group, j]
+            result[j] += part[j]
 
 
 @kernel
 def column_sums(dtype, rows, columns, x, total, threads):
     """total[j] = sum over m of x[m,j]."""
     ones = np.ones(columns, dtype)
-    sums = np.zeros((BIAS_GROUPS, columns), dtype)
-    _column_sums(dtype, BIAS_GROUPS if threads > 1 else 1, rows, columns, x, address(ones), address(sums))
-    add_groups(dtype, sums, total, False)
+    sums = take(dtype, BIAS_GROUPS * columns)
+    _column_sums(dtype, BIAS_GROUPS if threads > 1 else 1, rows, columns, x, address(ones), sums)
+    add_groups(dtype, BIAS_GROUPS, columns, sums, total, False)
+    give(sums)
     keep(ones)
 
 

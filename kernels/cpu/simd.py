@@ -81,9 +81,9 @@ class Vectors:
         function = self._declare("llvm.masked.load", self.type, [vector.type, _LANE, mask.type, self.type], ".p0")
         return self.builder.call(function, [vector, ir.Constant(_LANE, self.itemsize), mask, self.zero()])
 
-    def load_span(self, pointer, count: int, mask=None) -> list:
-        """Vectors that lie side by side."""
-        return [self.load(self.at(pointer, index(j * self.lanes)), mask) for j in range(count)]
+    def load_span(self, pointer, masks: list) -> list:
+        """Vectors that lie side by side, one for each mask (None loads it whole)."""
+        return [self.load(self.at(pointer, index(j * self.lanes)), mask) for j, mask in enumerate(masks)]
 
     def store(self, value, pointer, mask=None):
         """One vector; lanes that are off write nothing."""
@@ -107,6 +107,11 @@ class Vectors:
             self.builder.module, ir.FunctionType(ir.VoidType(), [address.type, _LANE, _LANE, _LANE]), "llvm.prefetch.p0"
         )
         self.builder.call(function, [address, *(ir.Constant(_LANE, flag) for flag in (int(write), 4 - level, 1))])
+
+    def prefetch_span(self, pointer, count: int, level: int = 1, write: bool = False):
+        """Ask for the cache lines of `count` vectors that lie side by side."""
+        for offset in range(0, count * self.lanes * self.itemsize, CACHE_LINE):
+            self.prefetch(self.at(pointer, index(offset // self.itemsize)), level, write)
 
     def multiply_add(self, a, b, c):
         """a*b + c, rounded once where the target can."""

@@ -9,6 +9,7 @@ import numpy as np
 
 from fastsepconv.kernels.cpu import (
     depthwise,
+    depthwise_line,
     depthwise_tiles,
     gemm,
     gemm_tile,
@@ -55,38 +56,49 @@ def _lanes(dtype) -> int:
 
 
 def _depthwise_paths(dtype, g: Geometry) -> set[str]:
-    found = set()
-    inner_first, inner_last = 0, g.out_width
-    for tap in (0, g.kernel_width - 1):
-        first, last = depthwise.inside(tap * g.dilation_width - g.pad_left, g.stride_width, g.out_width, g.width)
-        inner_first, inner_last = max(inner_first, first), min(inner_last, last)
     slides = g.kernel_width == depthwise_tiles.SLIDING_TAPS and g.dilation_width == g.stride_width
-    found |= _span_paths(inner_first, inner_last, slides)
-    if inner_first > 0 or inner_last < g.out_width:
-        found.add("depthwise: border pixels")
-    if slides and inner_first < inner_last:
-        found.add("depthwise gradient: taps together")
-    elif inner_first < inner_last:
-        found.add("depthwise gradient: a tap at a time")
+    found = _sliding_paths(g) if slides else _tile_paths(g)
+    together = slides and _columns(g, 1)[0] < _columns(g, 1)[1]
+    found.add(f"depthwise gradient: {'taps together' if together else 'a tap at a time'}")
     block, lanes = depthwise.channel_block(dtype, g.width * g.kernel_height), _lanes(dtype)
     found |= {"depthwise: several channel blocks"} if g.channels > block else set()
-    for name, span in (("", TILE.span), (" sliding", TILE.slide_span)):
-        if slides == (name == " sliding"):
-            found |= {f"depthwise{name}: vectors together"} if g.channels >= span * lanes else set()
-            found |= {f"depthwise{name}: one vector"} if g.channels % (span * lanes) >= lanes or span == 1 else set()
-            found |= {f"depthwise{name}: part of a vector"} if g.channels % lanes else set()
+    span = (TILE.slide_span if slides else TILE.span) * lanes
+    if slides:
+        found |= {"depthwise sliding: whole vectors"} if g.channels >= span else set()
+        found |= {"depthwise sliding: vectors left over"} if g.channels % span else set()
+    else:
+        found |= {"depthwise: vectors together"} if g.channels >= span else set()
+        found |= {"depthwise: one vector"} if g.channels % span >= lanes else set()
+        found |= {"depthwise: part of a vector"} if g.channels % lanes else set()
     return found | {f"depthwise gradient: {name}" for name in _kernel_gradient_parts(dtype, g)}
 
 
-def _span_paths(first: int, last: int, slides: bool) -> set[str]:
-    """How the inner pixels of a line are taken."""
-    name, found, i = "depthwise sliding" if slides else "depthwise", set(), first
-    while i < last:
-        start, pixels = depthwise._at_once(i, first, last, slides)
-        found.add(f"{name}: {'pixels together' if pixels > 1 else 'inner pixels left over'}")
-        found |= {f"{name}: pixels computed twice"} if start < i else set()
-        i = start + pixels
-    return found
+def _columns(g: Geometry, tap: int) -> tuple[int, int]:
+    """The output columns at which a tap meets the image."""
+    origin = tap * g.dilation_width - g.pad_left
+    return depthwise_line.inside(origin, g.stride_width, g.out_width, g.width)
+
+
+def _tile_paths(g: Geometry) -> set[str]:
+    """How the pixels of a line are taken where they do not slide."""
+    first, last = _columns(g, 0)[0], _columns(g, g.kernel_width - 1)[1]
+    inner = max(0, last - first)
+    found = {"depthwise: pixels together"} if inner >= TILE.pixels else set()
+    found |= {"depthwise: inner pixels left over"} if inner % TILE.pixels else set()
+    return found | ({"depthwise: border pixels"} if inner < g.out_width else set())
+
+
+def _sliding_paths(g: Geometry) -> set[str]:
+    """How they are taken where they do."""
+    (inner_first, _), (first, last), (_, inner_last) = (_columns(g, tap) for tap in range(3))
+    found, left = set(), last - first
+    while left > 0:
+        pixels = depthwise_line.sliding_pixels(left)
+        found.add(f"depthwise sliding: {pixels} pixels")
+        left -= pixels
+    found |= {"depthwise sliding: first tap cut"} if first < last and first < inner_first else set()
+    found |= {"depthwise sliding: last tap cut"} if first < last and inner_last < last else set()
+    return found | ({"depthwise sliding: middle tap outside"} if last - first < g.out_width else set())
 
 
 def _kernel_gradient_parts(dtype, g: Geometry) -> set[str]:
@@ -155,6 +167,7 @@ def every_path() -> set[str]:
     parallel = split if threads.get_num_threads() > 1 else set()
     return (
         {f"product: {height} rows left over" for height in heights}
+        | {f"depthwise sliding: {pixels} pixels" for pixels in TILE.slides}
         | parallel
         | {
             "serial",
@@ -170,12 +183,11 @@ def every_path() -> set[str]:
             "depthwise: vectors together",
             "depthwise: one vector",
             "depthwise: part of a vector",
-            "depthwise sliding: pixels together",
-            "depthwise sliding: pixels computed twice",
-            "depthwise sliding: inner pixels left over",
-            "depthwise sliding: vectors together",
-            "depthwise sliding: one vector",
-            "depthwise sliding: part of a vector",
+            "depthwise sliding: first tap cut",
+            "depthwise sliding: last tap cut",
+            "depthwise sliding: middle tap outside",
+            "depthwise sliding: whole vectors",
+            "depthwise sliding: vectors left over",
             "depthwise gradient: taps together",
             "depthwise gradient: a tap at a time",
             "depthwise gradient: whole images",

@@ -1,0 +1,119 @@
+"""One line of a depthwise convolution, forward and backward to the input, cut into register tiles.
+
+Three taps a row that are as far apart as the pixels slide: any pixel whose middle tap is inside the image goes into a
+tile of several, of which the first may lack its first tap and the last its last. With other taps, the pixels whose
+taps are all inside go several at a time, the few at the borders one at a time with fewer taps.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .depthwise_tiles import PIXELS, SLIDES, SLIDING_TAPS, depthwise_tile, sliding_channels, sliding_tile
+from .jit import kernel
+from .memory import ceil_div
+
+
+@kernel
+def inside(origin, step, count, size):
+    """The j in [first, last) of 0..count for which 0 <= origin + j*step < size. step is not 0."""
+    if step == 1:  # nearly always, and nothing to divide
+        first, last = -origin, size - origin
+    elif step > 0:
+        first, last = ceil_div(-origin, step), (size - 1 - origin) // step + 1
+    else:
+        first, last = ceil_div(origin - size + 1, -step), origin // -step + 1
+    first = min(max(first, 0), count)
+    return first, max(first, min(last, count))
+
+
+@kernel
+def _tiles(
+    dtype, count, first, last, inner_first, inner_last, x, x_row, rows, origin, pixel_step, tap_step, taps, size,
+    channels, kernel, kernel_row, kernel_tap, bias, y, y_pixel, low, high,
+):  # fmt: skip
+    """Pixels first..last for `line_span`, several at once where they lie in inner_first..inner_last."""
+    itemsize = np.empty(0, dtype).itemsize
+    i = first
+    while i < last:
+        pixels, tap, tap_count = 1, 0, taps
+        column = origin + i * pixel_step
+        if inner_first <= i and i + PIXELS <= inner_last:
+            pixels = PIXELS
+        else:
+            tap, tap_end = inside(column, tap_step, taps, size)
+            tap_count = tap_end - tap
+        depthwise_tile(
+            dtype, pixels, count, rows, tap_count, x + (column + tap * tap_step) * channels * itemsize, x_row,
+            tap_step * channels, pixel_step * channels, kernel + tap * kernel_tap * itemsize, kernel_row, kernel_tap,
+            bias, y + i * y_pixel * itemsize, y_pixel, low, high,
+        )  # fmt: skip
+        i += pixels
+
+
+@kernel
+def sliding_pixels(left):
+    """Of `left` pixels, how many the next sliding tile takes."""
+    for pixels in SLIDES:
+        if left >= pixels:
+            return pixels
+    return 0
+
+
+@kernel
+def _slide(
+    dtype, count, pixels, cut_left, cut_right, x, x_row, rows, x_pixel, kernel, kernel_row, kernel_tap,
+    bias, y, y_pixel, low, high,
+):  # fmt: skip
+    """`pixels` pixels side by side, of which the first may lack its first tap, and the last its last."""
+    itemsize = np.empty(0, dtype).itemsize
+    step = sliding_channels(dtype)
+    for c in range(0, count, step):
+        i = 0
+        while i < pixels:
+            at_once = sliding_pixels(pixels - i)
+            sliding_tile(
+                dtype, at_once, cut_left if i == 0 else 0, cut_right if i + at_once == pixels else 0,
+                min(step, count - c), rows, x + (i * x_pixel + c) * itemsize, x_row, x_pixel,
+                kernel + c * itemsize, kernel_row, kernel_tap, bias + c * itemsize if bias != 0 else 0,
+                y + (i * y_pixel + c) * itemsize, y_pixel, low, high,
+            )  # fmt: skip
+            i += at_once
+
+
+@kernel
+def line_span(
+    dtype, count, first, last, x, x_row, rows, origin, pixel_step, tap_step, taps, size, channels,
+    kernel, kernel_row, kernel_tap, bias, y, y_pixel, low, high,
+):  # fmt: skip
+    """Pixels first..last of a line, pixel i and tap j reading column `origin + i*pixel_step + j*tap_step` of x.
+
+    x is the address of column 0 in the line's first row of `size` columns, `channels` apart; y that of pixel `first`.
+    `count` channels are computed.
+    """
+    itemsize = np.empty(0, dtype).itemsize
+    if tap_step < 0:  # the same taps, from the last to the first
+        origin, tap_step = origin + (taps - 1) * tap_step, -tap_step
+        kernel, kernel_tap = kernel + (taps - 1) * kernel_tap * itemsize, -kernel_tap
+    y -= first * y_pixel * itemsize
+    slide_first, slide_last, inner_first, inner_last = last, last, last, last
+    if taps == SLIDING_TAPS and tap_step == pixel_step:  # where the middle tap is inside, one at most is not
+        slide_first, slide_last = inside(origin + tap_step, pixel_step, last, size)
+        slide_first = min(max(first, slide_first), last)
+        slide_last = max(slide_first, slide_last)
+    else:
+        head_first, head_last = inside(origin, pixel_step, last, size)
+        tail_first, tail_last = inside(origin + (taps - 1) * tap_step, pixel_step, last, size)
+        inner_first, inner_last = max(head_first, tail_first), min(head_last, tail_last)
+    if slide_first < slide_last:
+        column, last_column = origin + slide_first * pixel_step, origin + (slide_last + 1) * pixel_step
+        _slide(
+            dtype, count, slide_last - slide_first, 1 if column < 0 else 0, 1 if last_column >= size else 0,
+            x + column * channels * itemsize, x_row, rows, pixel_step * channels, kernel, kernel_row, kernel_tap,
+            bias, y + slide_first * y_pixel * itemsize, y_pixel, low, high,
+        )  # fmt: skip
+    for part_first, part_last in ((first, slide_first), (slide_last, last)):
+        _tiles(
+            dtype, count, part_first, part_last, inner_first, inner_last, x, x_row, rows, origin, pixel_step, tap_step,
+            taps, size, channels, kernel, kernel_row, kernel_tap, bias, y, y_pixel, low, high,
+        )  # fmt: skip
