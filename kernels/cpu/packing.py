@@ -19,6 +19,8 @@ from .pool import parallel_kernel
 from .simd import Vectors, index, vectors_of
 from .tiles import CHOSEN
 
+PANELS_AT_ONCE = 4  # a line of each is written in turn: a few sets of L1 hold them, even where they collide
+
 
 @intrinsic
 def _copy_rows(typing_context, dtype, depth, columns, source, row_stride, panel):
@@ -26,6 +28,27 @@ def _copy_rows(typing_context, dtype, depth, columns, source, row_stride, panel)
 
     def codegen(context, builder, signature, arguments):
         _emit_copy(vectors_of(builder, signature), CHOSEN.vectors, *arguments[1:])
+        return context.get_dummy_value()
+
+    return types.void(dtype, *[types.intp] * 5), codegen
+
+
+@intrinsic
+def _copy_panels(typing_context, dtype, depth, panels, source, row_stride, target):
+    """`panels` whole panels of such a source at once, row by row: each row is read as far as it goes."""
+
+    def codegen(context, builder, signature, arguments):
+        _, depth, panels, source, row_stride, target = arguments
+        emit = vectors_of(builder, signature)
+        width, whole = index(CHOSEN.vectors * emit.lanes), [None] * CHOSEN.vectors
+        length = builder.mul(depth, width)
+        with cgutils.for_range(builder, depth) as row, cgutils.for_range(builder, panels) as panel:
+            line = emit.at(emit.pointer(source), builder.mul(row.index, row_stride))
+            copy = emit.at(emit.pointer(target), builder.mul(row.index, width))
+            copy = emit.at(copy, builder.mul(panel.index, length))
+            values = emit.load_span(emit.at(line, builder.mul(panel.index, width)), whole)
+            for j, value in enumerate(values):
+                emit.store(value, emit.at(copy, index(j * emit.lanes)))
         return context.get_dummy_value()
 
     return types.void(dtype, *[types.intp] * 5), codegen
@@ -146,6 +169,13 @@ def pack(dtype, worker, workers, depth, filters, source, row_stride, column_stri
     itemsize = np.empty(0, dtype).itemsize
     width = gemm_columns(dtype)
     first, last = share(ceil_div(filters, width), worker, workers)
+    if column_stride == 1:
+        whole = min(last, filters // width)
+        for panel in range(first, whole, PANELS_AT_ONCE):
+            count = min(PANELS_AT_ONCE, whole - panel)
+            at, packed = source + panel * width * itemsize, target + panel * width * depth * itemsize
+            _copy_panels(dtype, depth, count, at, row_stride, packed)
+        first = max(first, whole)
     for panel in range(first, last):
         columns = min(width, filters - panel * width)
         at = source + panel * width * column_stride * itemsize

@@ -34,7 +34,7 @@ from .jit import kernel
 from .memory import address, ceil_div, copy, fence, keep, share, view
 from .packing import pack_panel, pack_strip, strip_width
 from .pool import parallel_kernel
-from .scratch import give, take
+from .scratch import give, require, take, take_in_share
 
 GRADIENT_BLOCK_ROWS = 192  # rows summed in registers before d_kernel is touched again: L1 holds their panel and strip
 BIAS_GROUPS = 16  # partial sums of d_bias: a constant, so that the result does not depend on the thread count
@@ -42,8 +42,9 @@ BIAS_GROUPS = 16  # partial sums of d_bias: a constant, so that the result does 
 
 @parallel_kernel
 def _multiply(
-    dtype, worker, workers, rows, depth, filters, x, kernel, row_stride, column_stride, panels, start, y, low, high
-):
+    dtype, worker, workers, rows, depth, filters, x, kernel, row_stride, column_stride, panels, start, y, low, high,
+    lacking,
+):  # fmt: skip
     """A worker's share of y, a block of rows of x at a time.
 
     Parallel over: tiles of rows; where these are few, panels of filters too.
@@ -54,7 +55,9 @@ def _multiply(
     streamed = past_caches(dtype, rows, filters, y)
     copied = rows_collide(dtype, depth)
     row = padded_row(dtype, depth) if copied else depth
-    block = take(dtype, (step if copied else 1) * TILE_ROWS * row + panel_length(dtype, depth))
+    block = take_in_share(dtype, (step if copied else 1) * TILE_ROWS * row + panel_length(dtype, depth), lacking)
+    if block == 0:
+        return
     own = block + (step if copied else 1) * TILE_ROWS * row * itemsize
     for tile in range(first, last, step):
         m0, m1 = tile * TILE_ROWS, min(rows, min(last, tile + step) * TILE_ROWS)
@@ -84,10 +87,14 @@ def multiply(dtype, rows, depth, filters, x, kernel, row_stride, column_stride, 
     zeros = np.zeros(filters, dtype)
     start = bias if bias != 0 else address(zeros)
     panels = shared_panels(dtype, rows, depth, filters, kernel, row_stride, column_stride, packed, threads)
-    parts = shares(dtype, rows, depth, threads)
-    _multiply(dtype, parts, rows, depth, filters, x, kernel, row_stride, column_stride, panels, start, y, low, high)
+    parts, lacking = shares(dtype, rows, depth, threads), np.zeros(1, np.intp)
+    _multiply(
+        dtype, parts, rows, depth, filters, x, kernel, row_stride, column_stride, panels, start, y, low, high,
+        address(lacking),
+    )  # fmt: skip
     keep(zeros)
     give(packed)
+    require(lacking)
 
 
 @kernel
@@ -136,7 +143,7 @@ def gradient_split(panels, tiles, threads):
 
 
 @parallel_kernel
-def _kernel_gradient(dtype, worker, workers, rows, depth, filters, x, x_row, dy, d_kernel, accumulate):
+def _kernel_gradient(dtype, worker, workers, rows, depth, filters, x, x_row, dy, d_kernel, accumulate, lacking):
     """A worker's rectangle of d_kernel, summed over all rows in blocks: the order never depends on the workers.
 
     Parallel over: rectangles of d_kernel, so nothing is reduced.
@@ -149,7 +156,9 @@ def _kernel_gradient(dtype, worker, workers, rows, depth, filters, x, x_row, dy,
     tile_first, tile_last = share(tiles, worker % tile_parts, tile_parts)
     k_first, k_last = tile_first * TILE_ROWS, min(depth, tile_last * TILE_ROWS)
     panel_room = (GRADIENT_BLOCK_ROWS + 1) * width
-    packed = take(dtype, panel_room + (tile_last - tile_first) * GRADIENT_BLOCK_ROWS * strip)
+    packed = take_in_share(dtype, panel_room + (tile_last - tile_first) * GRADIENT_BLOCK_ROWS * strip, lacking)
+    if packed == 0:
+        return
     strips = packed + panel_room * itemsize
     for m in range(0, rows, GRADIENT_BLOCK_ROWS):  # the strips of this block of x stay in L2
         count = min(GRADIENT_BLOCK_ROWS, rows - m)
@@ -176,7 +185,9 @@ def kernel_gradient(dtype, rows, depth, filters, x, x_row, dy, d_kernel, accumul
     """d_kernel = x^T . dy, or += with `accumulate`."""
     if rows == 0 and not accumulate:
         view(dtype, d_kernel, depth * filters)[:] = 0
-    _kernel_gradient(dtype, threads, rows, depth, filters, x, x_row, dy, d_kernel, accumulate)
+    lacking = np.zeros(1, np.intp)
+    _kernel_gradient(dtype, threads, rows, depth, filters, x, x_row, dy, d_kernel, accumulate, address(lacking))
+    require(lacking)
 
 
 @parallel_kernel

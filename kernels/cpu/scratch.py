@@ -34,11 +34,10 @@ _free = types.ExternalFunction("fastsepconv_free", types.void(types.intp))
 
 
 @kernel
-def take(dtype, length):
-    """The address, on a cache line, of room for `length` elements with anything in them. Return it with `give`.
+def try_take(dtype, length):
+    """The address, on a cache line, of room for `length` elements with anything in them; 0 where there is no memory.
 
-    Raises:
-        MemoryError: there is none.
+    Return it with `give`.
     """
     size = length * np.empty(0, dtype).itemsize
     for place in range(SHELF_PLACES):
@@ -50,11 +49,44 @@ def take(dtype, length):
             break
     start = _malloc(size + 2 * CACHE_LINE + _HEADER)
     if start == 0:
-        raise MemoryError("no memory for a kernel's scratch space")
+        return 0
     block = (start + _HEADER + CACHE_LINE - 1) // CACHE_LINE * CACHE_LINE
     _store(block - _HEADER, start)
     _store(block - _HEADER + 8, size)
     return block
+
+
+@kernel
+def take(dtype, length):
+    """As `try_take`.
+
+    Raises:
+        MemoryError: there is no memory.
+    """
+    block = try_take(dtype, length)
+    if block == 0:
+        raise MemoryError("no memory for a kernel's scratch space")
+    return block
+
+
+@kernel
+def take_in_share(dtype, length, lacking):
+    """As `try_take`, for a share of parallel work, through which no exception passes: it sets the word at `lacking`."""
+    block = try_take(dtype, length)
+    if block == 0:
+        _store(lacking, 1)
+    return block
+
+
+@kernel
+def require(lacking):
+    """After parallel work.
+
+    Raises:
+        MemoryError: a share set the word in the array `lacking`.
+    """
+    if lacking[0] != 0:
+        raise MemoryError("no memory for a kernel's scratch space")
 
 
 @kernel

@@ -23,13 +23,13 @@ from .jit import kernel
 from .memory import address, fence, keep
 from .multiplier import repeat_channels, single, sum_repeated
 from .pool import parallel_kernel
-from .scratch import give, take
+from .scratch import give, require, take, take_in_share
 
 BACKWARD_BYTES = 2 << 20  # mid of so many images at once, and d_mid, both still in cache when read; at least one image
 
 
 @parallel_kernel
-def _forward(dtype, worker, workers, g, filters, x, depthwise, pointwise, panels, start, y, low, high):
+def _forward(dtype, worker, workers, g, filters, x, depthwise, pointwise, panels, start, y, low, high, lacking):
     """A worker's share of y: the depthwise step fills a block in L2, the pointwise step empties it.
 
     Parallel over: tiles of output pixels; where these are few, panels of filters too.
@@ -40,7 +40,9 @@ def _forward(dtype, worker, workers, g, filters, x, depthwise, pointwise, panels
     first, last, f_first, f_last = gemm.work(dtype, pixels, filters, worker, workers)
     step = gemm.block_tiles(dtype, depth, last - first)
     streamed = gemm.past_caches(dtype, pixels, filters, y)
-    block = take(dtype, step * TILE_ROWS * row + gemm.panel_length(dtype, depth))
+    block = take_in_share(dtype, step * TILE_ROWS * row + gemm.panel_length(dtype, depth), lacking)
+    if block == 0:
+        return
     own = block + step * TILE_ROWS * row * itemsize
     for tile in range(first, last, step):
         m0, m1 = tile * TILE_ROWS, min(pixels, min(last, tile + step) * TILE_ROWS)
@@ -65,10 +67,11 @@ def _forward_single(dtype, g, filters, x, depthwise, pointwise, bias, y, low, hi
     zeros = np.zeros(filters, dtype)
     start = bias if bias != 0 else address(zeros)
     panels = gemm.shared_panels(dtype, pixels, depth, filters, pointwise, filters, 1, packed, threads)
-    shares = gemm.shares(dtype, pixels, depth, threads)
-    _forward(dtype, shares, g, filters, x, depthwise, pointwise, panels, start, y, low, high)
+    shares, lacking = gemm.shares(dtype, pixels, depth, threads), np.zeros(1, np.intp)
+    _forward(dtype, shares, g, filters, x, depthwise, pointwise, panels, start, y, low, high, address(lacking))
     keep(zeros)
     give(packed)
+    require(lacking)
 
 
 @kernel
