@@ -303,9 +303,7 @@ def _correlate_line(emit: Vectors, cuts, sums, masks: list, columns, x, x_pixel,
     with builder.if_then(builder.and_(right, builder.not_(alone))):
         pixels(last, 1, (0, 1))
     begin, end = builder.zext(left, columns.type), builder.sub(columns, builder.zext(right, columns.type))
-    between = builder.sub(end, begin)
-    several = builder.select(builder.icmp_signed(">", between, index(0)), between, index(0))
-    several = builder.sdiv(several, index(PIXELS))
+    several = builder.sdiv(builder.sub(end, begin), index(PIXELS))  # 0 for a pixel alone, where end is begin - 1
     single = builder.add(begin, builder.mul(several, index(PIXELS)))
     for start, blocks, count in ((begin, several, PIXELS), (single, builder.sub(end, single), 1)):
         with cgutils.for_range(builder, blocks) as block:

@@ -20,6 +20,7 @@ from .simd import CACHE_LINE
 
 SHELF_PLACES = 64
 LARGEST_KEPT = 32 << 20  # bytes: a larger block is freed at once
+NO_MEMORY = "no memory for a kernel's scratch space"
 _HEADER = CACHE_LINE  # before the block: [the address that malloc gave, the block's size in bytes]
 _WORD = ir.IntType(64)
 
@@ -65,7 +66,7 @@ def take(dtype, length):
     """
     block = try_take(dtype, length)
     if block == 0:
-        raise MemoryError("no memory for a kernel's scratch space")
+        raise MemoryError(NO_MEMORY)
     return block
 
 
@@ -86,7 +87,7 @@ def require(lacking):
         MemoryError: a share set the word in the array `lacking`.
     """
     if lacking[0] != 0:
-        raise MemoryError("no memory for a kernel's scratch space")
+        raise MemoryError(NO_MEMORY)
 
 
 @kernel

@@ -58,7 +58,7 @@ def _lanes(dtype) -> int:
 def _depthwise_paths(dtype, g: Geometry) -> set[str]:
     slides = g.kernel_width == depthwise_tiles.SLIDING_TAPS and g.dilation_width == g.stride_width
     found = _sliding_paths(g) if slides else _tile_paths(g)
-    together = slides and _columns(g, 1)[0] < _columns(g, 1)[1]
+    together = slides and depthwise._tap_columns(g, 1)[0] < depthwise._tap_columns(g, 1)[1]
     found.add(f"depthwise gradient: {'taps together' if together else 'a tap at a time'}")
     block, lanes = depthwise.channel_block(dtype, g.width * g.kernel_height), _lanes(dtype)
     found |= {"depthwise: several channel blocks"} if g.channels > block else set()
@@ -73,15 +73,9 @@ def _depthwise_paths(dtype, g: Geometry) -> set[str]:
     return found | {f"depthwise gradient: {name}" for name in _kernel_gradient_parts(dtype, g)}
 
 
-def _columns(g: Geometry, tap: int) -> tuple[int, int]:
-    """The output columns at which a tap meets the image."""
-    origin = tap * g.dilation_width - g.pad_left
-    return depthwise_line.inside(origin, g.stride_width, g.out_width, g.width)
-
-
 def _tile_paths(g: Geometry) -> set[str]:
     """How the pixels of a line are taken where they do not slide."""
-    first, last = _columns(g, 0)[0], _columns(g, g.kernel_width - 1)[1]
+    first, last = depthwise._tap_columns(g, 0)[0], depthwise._tap_columns(g, g.kernel_width - 1)[1]
     inner = max(0, last - first)
     found = {"depthwise: pixels together"} if inner >= TILE.pixels else set()
     found |= {"depthwise: inner pixels left over"} if inner % TILE.pixels else set()
@@ -90,7 +84,7 @@ def _tile_paths(g: Geometry) -> set[str]:
 
 def _sliding_paths(g: Geometry) -> set[str]:
     """How they are taken where they do."""
-    (inner_first, _), (first, last), (_, inner_last) = (_columns(g, tap) for tap in range(3))
+    (inner_first, _), (first, last), (_, inner_last) = (depthwise._tap_columns(g, tap) for tap in range(3))
     found, left = set(), last - first
     while left > 0:
         pixels = depthwise_line.sliding_pixels(left)
