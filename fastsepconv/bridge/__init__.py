@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-_MODULES = {"tensorflow": "tensorflow"}
+_MODULES = {"tensorflow": "tensorflow", "torch": "torch"}
 
 
 def for_backend(name: str) -> ModuleType | None:

@@ -1,4 +1,4 @@
-"""What the shape of a result is while a graph is built, where any size may still be unknown (None).
+"""An operation's attributes, and the shape of its result, also while a graph is built and sizes are unknown (None).
 
 Checks what can be checked by then, in the words of `checks`.
 """
@@ -13,6 +13,17 @@ from ..kernels.geometry import output_length
 
 Shape = tuple[int | None, ...]
 Attributes = dict[str, Any]
+
+
+def window(strides, padding, dilation_rate) -> Attributes:
+    """The attributes of an operation that moves a window; ValueError where an argument is wrong."""
+    padding = checks.padding(padding)
+    return {
+        "strides": checks.positive_pair("strides", strides),
+        "dilations": checks.positive_pair("dilation_rate", dilation_rate),
+        "same": int(padding == "same"),
+        "padding": [0, 0, 0, 0] if isinstance(padding, str) else [zeros for pair in padding for zeros in pair],
+    }
 
 
 def static_shape(tensor) -> Shape | None:

@@ -19,6 +19,7 @@ import tensorflow as tf
 
 from .. import checks
 from ..kernels.cpu import threads
+from .static_shapes import window
 from .tensorflow_fork import refuse_in_child
 
 MODE_VARIABLE = "FASTSEPCONV_TF_BRIDGE"
@@ -136,14 +137,7 @@ def _tensor(name: str, value, dtype: tf.DType | None = None) -> tf.Tensor:
 
 def _window(strides, padding, dilation_rate) -> tuple:
     """The attributes of an op that moves a window, as alternating names and values."""
-    padding = checks.padding(padding)
-    pads = [0, 0, 0, 0] if isinstance(padding, str) else [zeros for pair in padding for zeros in pair]
-    return (
-        "strides", checks.positive_pair("strides", strides),
-        "dilations", checks.positive_pair("dilation_rate", dilation_rate),
-        "same", int(padding == "same"),
-        "padding", pads,
-    )  # fmt: skip
+    return tuple(part for attribute in window(strides, padding, dilation_rate).items() for part in attribute)
 
 
 @functools.cache
