@@ -22,7 +22,7 @@ def window(strides, padding, dilation_rate) -> Attributes:
         "strides": checks.positive_pair("strides", strides),
         "dilations": checks.positive_pair("dilation_rate", dilation_rate),
         "same": int(padding == "same"),
-        "padding": [0, 0, 0, 0] if isinstance(padding, str) else [zeros for pair in padding for zeros in pair],
+        "padding": (0, 0, 0, 0) if isinstance(padding, str) else tuple(zeros for pair in padding for zeros in pair),
     }
 
 

@@ -7,6 +7,7 @@ comes from PyTorch's own allocator, inputs are copied only where they are not co
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from math import prod
 from types import ModuleType
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 
 from .. import checks, dispatch
 from ..kernels.cpu import depthwise, pointwise, separable, threads
-from .static_shapes import Attributes, output_shape
+from .static_shapes import output_shape
 
 OPERANDS = {
     "separable": ("x", "depthwise_kernel", "pointwise_kernel"),
@@ -33,49 +34,52 @@ _WORKING = {  # what is computed in, for each dtype that is taken
 _MODULES = {"separable": separable, "depthwise": depthwise, "pointwise": pointwise}
 _SCALARS = {torch.float32: np.float32, torch.float64: np.float64}
 
+_ATTRIBUTES = ("strides", "dilations", "same", "padding")
+
+Tensors = Mapping[str, torch.Tensor | None]
 Shape = tuple[int, ...]
+Window = tuple  # the values of `static_shapes.window`, lists as tuples; empty for a pointwise convolution
 Run = Callable[..., None]
 
 
-def result_shape(kind: str, tensors: Mapping[str, torch.Tensor | None], attributes: Attributes) -> Shape:
+def result_shape(kind: str, tensors: Tensors, window: Window) -> Shape:
     """`[N,P,Q,F]` for an operation's tensors by name: its operands, and the bias (or None) or dy.
 
     Works on sizes that are symbols too. Raises ValueError or TypeError where a tensor does not fit the others.
     """
     _check(tensors)
-    shapes = [tuple(tensors[name].shape) for name in OPERANDS[kind]]
-    bias = tensors.get("bias")
-    shape = output_shape(shapes, None if bias is None else tuple(bias.shape), attributes)
-    if kind != "pointwise":  # also holds the kernel to the image, and its span to what kernels can count
-        _geometry(shapes, attributes)
-    if "dy" in tensors:
-        checks.shape("dy", tensors["dy"], shape, "the output's shape")
+    shape, _ = _plan(kind, *_shapes(tensors), window)
+    _check_dy(tensors, shape)
     return shape
 
 
-def forward(kind: str, operands: Sequence[torch.Tensor], bias: torch.Tensor | None, attributes: Attributes):
+def forward(kind: str, operands: Sequence[torch.Tensor], bias: torch.Tensor | None, window: Window) -> torch.Tensor:
     """The output `[N,P,Q,F]` for channels-last operands of one dtype, contiguous, of that dtype."""
-    shape = result_shape(kind, {**_named(kind, operands), "bias": bias}, attributes)
+    tensors = {**dict(zip(OPERANDS[kind], operands, strict=True)), "bias": bias}
+    _check(tensors)
+    shape, sizes = _known_plan(kind, *_shapes(tensors), window)
     x = operands[0]
     working = _WORKING[x.dtype]
     y = x.new_empty(shape, dtype=working)
-    inputs = [None if tensor is None else tensor.to(working).contiguous() for tensor in (*operands, bias)]
-    _run_on(x.device)(kind, "forward", _sizes(kind, operands, shape, attributes), [*inputs, y])
+    inputs = [None if tensor is None else tensor.to(working).contiguous() for tensor in tensors.values()]
+    _run_on(x.device)(kind, "forward", sizes, [*inputs, y])
     return y.to(x.dtype)
 
 
 def backward(
-    kind: str, operands: Sequence[torch.Tensor], dy: torch.Tensor, attributes: Attributes, wanted: Sequence[bool]
+    kind: str, operands: Sequence[torch.Tensor], dy: torch.Tensor, window: Window, wanted: Sequence[bool]
 ) -> list[torch.Tensor]:
     """The gradients of the operands and of the bias for the output's gradient dy; empty where not wanted."""
-    shape = result_shape(kind, {**_named(kind, operands), "dy": dy}, attributes)
+    tensors = {**dict(zip(OPERANDS[kind], operands, strict=True)), "dy": dy}
+    _check(tensors)
+    shape, sizes = _known_plan(kind, *_shapes(tensors), window)
+    _check_dy(tensors, shape)
     x = operands[0]
     working = _WORKING[x.dtype]
-    shapes = gradient_shapes(operands, dy, wanted)
-    gradients = [x.new_empty(shape, dtype=working) for shape in shapes]
-    inputs = [tensor.to(working).contiguous() for tensor in (*operands, dy)]
+    gradients = [x.new_empty(shape, dtype=working) for shape in gradient_shapes(operands, dy, wanted)]
+    inputs = [tensor.to(working).contiguous() for tensor in tensors.values()]
     targets = [gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)]
-    _run_on(x.device)(kind, "backward", _sizes(kind, operands, shape, attributes), [*inputs, *targets])
+    _run_on(x.device)(kind, "backward", sizes, [*inputs, *targets])
     return [gradient.to(x.dtype) for gradient in gradients]
 
 
@@ -87,11 +91,7 @@ def gradient_shapes(operands: Sequence[torch.Tensor], dy: torch.Tensor, wanted: 
     return [shape if want else (0,) for shape, want in zip(shapes, wanted, strict=True)]
 
 
-def _named(kind: str, operands: Sequence[torch.Tensor]) -> dict[str, torch.Tensor | None]:
-    return dict(zip(OPERANDS[kind], operands, strict=True))
-
-
-def _check(tensors: Mapping[str, torch.Tensor | None]) -> None:
+def _check(tensors: Tensors) -> None:
     """Hold all to x's device and dtype: raw addresses tell neither."""
     x = tensors["x"]
     if x.dtype not in _WORKING:
@@ -107,20 +107,32 @@ def _check(tensors: Mapping[str, torch.Tensor | None]) -> None:
             raise checks.invalid(name, f"a tensor on x's device, {x.device}", str(tensor.device), ".device")
 
 
-def _geometry(shapes: Sequence[Shape], attributes: Attributes):
+def _check_dy(tensors: Tensors, shape: Shape) -> None:
+    if "dy" in tensors:
+        checks.shape("dy", tensors["dy"], shape, "the output's shape")
+
+
+def _shapes(tensors: Tensors) -> tuple[tuple[Shape, ...], Shape | None]:
+    """The operands' shapes, and the bias's, or None."""
+    bias = tensors.get("bias")
+    operands = (tensor for name, tensor in tensors.items() if name not in ("bias", "dy"))
+    return tuple(tuple(tensor.shape) for tensor in operands), None if bias is None else tuple(bias.shape)
+
+
+def _plan(kind: str, shapes: tuple[Shape, ...], bias: Shape | None, window: Window) -> tuple[Shape, tuple[Any, ...]]:
+    """The output's shape, and what the operation's kernels take before the addresses."""
+    attributes = dict(zip(_ATTRIBUTES, window, strict=False))
+    shape = output_shape(shapes, bias, attributes)
+    if kind == "pointwise":
+        return shape, (prod(shape[:-1]), shapes[0][-1], shape[-1])
     top, bottom, left, right = attributes["padding"]
     padding = "same" if attributes["same"] else ((top, bottom), (left, right))
-    strides, dilations = tuple(attributes["strides"]), tuple(attributes["dilations"])
-    return checks.geometry(shapes[0], shapes[1], strides, padding, dilations)
+    # Also holds the kernel to the image, and its span to what the kernels can count.
+    g = checks.geometry(shapes[0], shapes[1], attributes["strides"], padding, attributes["dilations"])
+    return shape, (g,) if kind == "depthwise" else (g, shape[-1])
 
 
-def _sizes(kind: str, operands: Sequence[torch.Tensor], shape: Shape, attributes: Attributes) -> tuple[Any, ...]:
-    """What the kernels of an operation take before the addresses."""
-    shapes = [tuple(operand.shape) for operand in operands]
-    if kind == "pointwise":
-        return prod(shape[:-1]), shapes[0][-1], shape[-1]
-    g = _geometry(shapes, attributes)
-    return (g,) if kind == "depthwise" else (g, shape[-1])
+_known_plan = lru_cache(maxsize=1024)(_plan)  # a small layer runs for no longer than the checks take
 
 
 def _on_cpu(kind: str, way: str, sizes: tuple[Any, ...], tensors: Sequence[torch.Tensor | None]) -> None:
