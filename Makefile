@@ -1,17 +1,19 @@
 # `make demo` and `make test` set everything up in .venv and run; set-up is skipped while pyproject.toml stays the same.
 #   PYTHON=...  the Python (3.11 to 3.13) to build .venv from
+#   TORCH=...   the PyTorch that test-torch installs, e.g. TORCH=torch==2.13.0; pip's newest may bring gigabytes for CUDA
 #   ARGS=...    passed on, e.g. make test ARGS="tests/kernels -x"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint format clean
+.PHONY: help demo test test-torch bench lint format clean
 .SILENT:
 
 BIN := .venv/bin
 ARGS ?=
+TORCH ?= torch
 setup = PYTHON='$(PYTHON)' sh scripts/setup.sh
 
 help: ## this list
-	awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 demo: ## set up, then train Xception on real images and show that it equals Keras
 	$(setup) tensorflow,demo
@@ -20,6 +22,10 @@ demo: ## set up, then train Xception on real images and show that it equals Kera
 test: ## set up, then run the tests
 	$(setup) tensorflow,demo test
 	$(BIN)/pytest $(ARGS)
+
+test-torch: ## set up .venv-torch, without TensorFlow, then run the tests of Keras on PyTorch
+	$(setup) torch,demo test .venv-torch '$(TORCH)'
+	KERAS_BACKEND=torch .venv-torch/bin/pytest $(or $(ARGS),tests/bridge/test_torch_*.py)
 
 bench: ## set up, then race against TensorFlow and the other runtimes
 	$(setup) tensorflow,demo,bench test
@@ -36,6 +42,6 @@ format: ## set up, then put the sources into their form
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 
-clean: ## remove .venv and what the tools left behind
-	rm -rf .venv build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache .benchmarks *.egg-info
+clean: ## remove both environments and what the tools left behind
+	rm -rf .venv .venv-torch build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache .benchmarks *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -76,9 +76,11 @@ def _load(module: str, name: str) -> ModuleType:
     try:
         return import_module(f"{__name__}.{module}")
     except ModuleNotFoundError as error:
-        if error.name not in ("keras", "tensorflow"):
+        if error.name not in ("keras", "tensorflow", "torch"):
             raise
-        needs = f"`fastsepconv.{name}` needs Keras and TensorFlow: pip install 'fastsepconv[tensorflow]'"
+        extra = "torch" if error.name == "torch" else "tensorflow"
+        framework = {"torch": "PyTorch", "tensorflow": "TensorFlow"}[extra]
+        needs = f"`fastsepconv.{name}` needs Keras and {framework}: pip install 'fastsepconv[{extra}]'"
         raise ModuleNotFoundError(needs, name=error.name) from error
 
 

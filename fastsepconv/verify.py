@@ -11,11 +11,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 
+from . import bridge
 from .convert import TO_FAST, TO_STOCK, exchange
 from .copying import layers_of
 
@@ -112,10 +114,9 @@ def verify(model: keras.Model, x: Any, y: Any = None, *, training: bool = False,
     Raises:
         TypeError: `model` is not a `keras.Model`.
         ValueError: `model` has no layer to compare, or there are targets but no loss.
-        RuntimeError: Keras runs on another backend than TensorFlow.
+        RuntimeError: Keras runs on another backend than TensorFlow and PyTorch.
     """
-    if keras.backend.backend() != "tensorflow":
-        raise RuntimeError(f"verify needs Keras on TensorFlow. Received: backend={keras.backend.backend()!r}")
+    _autodiff()
     layers = layers_of(model)
     if not any(type(layer) in (*TO_FAST, *TO_STOCK) for layer in layers):
         raise ValueError(
@@ -130,6 +131,15 @@ def verify(model: keras.Model, x: Any, y: Any = None, *, training: bool = False,
         return _compare(model, layers, x, y, training, seed)
     finally:
         exchange(changed, TO_STOCK)
+
+
+def _autodiff() -> ModuleType:
+    module = bridge.autodiff(keras.backend.backend())
+    if module is None:
+        raise RuntimeError(
+            f"verify needs Keras on TensorFlow or PyTorch. Received: backend={keras.backend.backend()!r}"
+        )
+    return module
 
 
 def _compare(model: keras.Model, layers: list[keras.Layer], x: Any, y: Any, training: bool, seed: int) -> Report:
@@ -166,17 +176,16 @@ def _compare(model: keras.Model, layers: list[keras.Layer], x: Any, y: Any, trai
 
 def _run(model: keras.Model, x: Any, y: Any, training: bool, seed: int) -> tuple[list[np.ndarray], _Gradients]:
     """The outputs, and the gradients of their loss."""
-    import tensorflow as tf
 
-    x = keras.tree.map_structure(keras.ops.convert_to_tensor, x)
-    inputs = [tensor for tensor in keras.tree.flatten(x) if tensor.dtype.is_floating]
-    variables = model.trainable_variables
-    with _unchanged_state(model), tf.GradientTape() as tape:
-        tape.watch(inputs)
+    def compute(x: Any) -> tuple[Any, Any]:
         outputs = model(x, training=training)
         loss = _weighted_sum(outputs, seed) if y is None else model.compute_loss(x, y, outputs, training=training)
-    zero = tf.UnconnectedGradients.ZERO
-    gradients = _arrays(tape.gradient(loss, [*variables, *inputs], unconnected_gradients=zero))
+        return outputs, loss
+
+    variables = model.trainable_variables
+    with _unchanged_state(model):
+        outputs, parts = _autodiff().gradients(compute, x, variables)
+    gradients = _arrays(parts)
     return _arrays(outputs), _Gradients(gradients[: len(variables)], gradients[len(variables) :])
 
 
@@ -203,28 +212,20 @@ def _keeping(record: _Record, call: Call) -> Call:
 
 
 def _with_each_output(call: Call, function: Call) -> Call:
-    import tensorflow as tf
-
     def called(*args: Any, **kwargs: Any) -> Any:
         outputs = call(*args, **kwargs)
-        return keras.tree.map_structure(function, outputs) if tf.executing_eagerly() else outputs
+        return keras.tree.map_structure(function, outputs) if _autodiff().eager() else outputs
 
     return called
 
 
 def _passing(tensor: Any, value: Any, record: _Record) -> Any:
     """`value` in the forward pass; in the backward pass the gradient goes to `tensor`, noted in `record.flow`."""
-    import tensorflow as tf
 
-    @tf.custom_gradient
-    def passing(_: Any) -> Any:
-        def backward(gradient: Any) -> Any:
-            record.flow += float(np.sum(np.abs(_array(gradient)), dtype="float64"))
-            return gradient
+    def note(gradient: Any) -> None:
+        record.flow += float(np.sum(np.abs(_array(gradient)), dtype="float64"))
 
-        return tf.identity(value), backward
-
-    return passing(tensor)
+    return _autodiff().passing(tensor, value, note)
 
 
 @contextmanager

@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from math import prod
-from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,21 +24,27 @@ OPERANDS = {
     "pointwise": ("x", "pointwise_kernel"),
 }
 
-_WORKING = {  # what is computed in, for each dtype that is taken
-    torch.float16: torch.float32,
-    torch.bfloat16: torch.float32,
-    torch.float32: torch.float32,
-    torch.float64: torch.float64,
-}
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MODULES = {"separable": separable, "depthwise": depthwise, "pointwise": pointwise}
 _SCALARS = {torch.float32: np.float32, torch.float64: np.float64}
 
 _ATTRIBUTES = ("strides", "dilations", "same", "padding")
 
-Tensors = Mapping[str, torch.Tensor | None]
+Tensors = Mapping[str, Any]  # by the names of the arguments; the bias may be None
 Shape = tuple[int, ...]
 Window = tuple  # the values of `static_shapes.window`, lists as tuples; empty for a pointwise convolution
-Run = Callable[..., None]
+
+
+class Device(NamedTuple):
+    """What computes on a kind of device.
+
+    working: for a dtype that its kernels do not take, the one that they compute it in.
+    run: `run(kind, way, sizes, tensors)` runs the kernel of an operation, way "forward" or "backward", on contiguous
+        tensors of one working dtype, as the kernel takes them: inputs, then results; None for what is absent.
+    """
+
+    working: Mapping[torch.dtype, torch.dtype]
+    run: Callable[[str, str, tuple, Sequence[Any]], None]
 
 
 def result_shape(kind: str, tensors: Tensors, window: Window) -> Shape:
@@ -59,10 +64,11 @@ def forward(kind: str, operands: Sequence[torch.Tensor], bias: torch.Tensor | No
     _check(tensors)
     shape, sizes = _known_plan(kind, *_shapes(tensors), window)
     x = operands[0]
-    working = _WORKING[x.dtype]
+    device = _kernels_on(x.device)
+    working = device.working.get(x.dtype, x.dtype)
     y = x.new_empty(shape, dtype=working)
     inputs = [None if tensor is None else tensor.to(working).contiguous() for tensor in tensors.values()]
-    _run_on(x.device)(kind, "forward", sizes, [*inputs, y])
+    device.run(kind, "forward", sizes, [*inputs, y])
     return y.to(x.dtype)
 
 
@@ -75,11 +81,12 @@ def backward(
     shape, sizes = _known_plan(kind, *_shapes(tensors), window)
     _check_dy(tensors, shape)
     x = operands[0]
-    working = _WORKING[x.dtype]
+    device = _kernels_on(x.device)
+    working = device.working.get(x.dtype, x.dtype)
     gradients = [x.new_empty(shape, dtype=working) for shape in gradient_shapes(operands, dy, wanted)]
     inputs = [tensor.to(working).contiguous() for tensor in tensors.values()]
     targets = [gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)]
-    _run_on(x.device)(kind, "backward", sizes, [*inputs, *targets])
+    device.run(kind, "backward", sizes, [*inputs, *targets])
     return [gradient.to(x.dtype) for gradient in gradients]
 
 
@@ -94,7 +101,7 @@ def gradient_shapes(operands: Sequence[torch.Tensor], dy: torch.Tensor, wanted: 
 def _check(tensors: Tensors) -> None:
     """Hold all to x's device and dtype: raw addresses tell neither."""
     x = tensors["x"]
-    if x.dtype not in _WORKING:
+    if x.dtype not in _DTYPES:
         raise checks.invalid("x", "dtype " + ", ".join(checks.FLOAT_NAMES), x.dtype, ".dtype", TypeError)
     for name, tensor in tensors.items():
         if tensor is None:
@@ -119,7 +126,7 @@ def _shapes(tensors: Tensors) -> tuple[tuple[Shape, ...], Shape | None]:
     return tuple(tuple(tensor.shape) for tensor in operands), None if bias is None else tuple(bias.shape)
 
 
-def _plan(kind: str, shapes: tuple[Shape, ...], bias: Shape | None, window: Window) -> tuple[Shape, tuple[Any, ...]]:
+def _plan(kind: str, shapes: tuple[Shape, ...], bias: Shape | None, window: Window) -> tuple[Any, tuple]:
     """The output's shape, and what the operation's kernels take before the addresses."""
     attributes = dict(zip(_ATTRIBUTES, window, strict=False))
     shape = output_shape(shapes, bias, attributes)
@@ -135,27 +142,26 @@ def _plan(kind: str, shapes: tuple[Shape, ...], bias: Shape | None, window: Wind
 _known_plan = lru_cache(maxsize=1024)(_plan)  # a small layer runs for no longer than the checks take
 
 
-def _on_cpu(kind: str, way: str, sizes: tuple[Any, ...], tensors: Sequence[torch.Tensor | None]) -> None:
-    """Run the kernel of an operation ("forward" or "backward") on contiguous tensors of one dtype, inputs first."""
-    module: ModuleType = _MODULES[kind]
+def _on_cpu(kind: str, way: str, sizes: tuple, tensors: Sequence[Any]) -> None:
     scalar = _SCALARS[tensors[0].dtype]
     addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
     bounds = (scalar(-np.inf), scalar(np.inf)) if way == "forward" else ()
-    getattr(module, way)(scalar, *sizes, *addresses, *bounds, threads.get_num_threads())
+    getattr(_MODULES[kind], way)(scalar, *sizes, *addresses, *bounds, threads.get_num_threads())
 
 
-_DEVICES: dict[str, Run] = {"cpu": _on_cpu}
+_IN_FLOAT32 = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
+_DEVICES = {"cpu": Device(_IN_FLOAT32, _on_cpu)}
 
 
-def _run_on(device: torch.device) -> Run:
-    """What computes on `device`, as `_on_cpu` does on the CPU.
+def _kernels_on(device: torch.device) -> Device:
+    """What computes on `device`.
 
     Raises:
         RuntimeError: nothing does; the message says what is missing.
     """
     if device.type in _DEVICES:
         return _DEVICES[device.type]
-    missing = "there are kernels for the CPU and for CUDA only"
+    missing: str | None = "there are kernels for the CPU and for CUDA only"
     if device.type == "cuda":
         missing = next(backend.obstacle() for backend in dispatch.BACKENDS if backend.name == "cuda")
         missing = missing or "its CUDA kernels do not serve PyTorch yet"

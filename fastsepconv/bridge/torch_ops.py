@@ -206,7 +206,7 @@ def _tangent_of_gradient_of(kind: str) -> Callable:
 
 
 def _second_order(
-    kind: str, operands: Sequence, dy: torch.Tensor, window: Window, given: Gradients, wanted: Sequence[bool]
+    kind: str, operands: Sequence, dy: torch.Tensor, window: Window, given: Sequence, wanted: Sequence[bool]
 ) -> Gradients:
     """`gradient_of_gradient` of the operation."""
     if given[-1] is not None:

@@ -96,25 +96,32 @@ def require(**packages: str) -> None:
     """Check that modules can be imported, given as `module="name on PyPI"`."""
     missing = [package for module, package in packages.items() if importlib.util.find_spec(module) is None]
     if missing:
-        needs = ", ".join(missing)
-        raise CommandError(f"needs {needs}. Expected: pip install 'fastsepconv[tensorflow,demo]'", NOT_INSTALLED)
+        needs, extra = ", ".join(missing), "torch" if keras_backend() == "torch" else "tensorflow"
+        raise CommandError(f"needs {needs}. Expected: pip install 'fastsepconv[{extra},demo]'", NOT_INSTALLED)
 
 
-def load_tensorflow() -> None:
-    """Import TensorFlow and Keras without the lines that its libraries write to stderr while they load."""
-    require(tensorflow="tensorflow", keras="keras")
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    if os.environ.get("KERAS_BACKEND", "tensorflow") != "tensorflow":
+def keras_backend() -> str:
+    """What KERAS_BACKEND asks for."""
+    return os.environ.get("KERAS_BACKEND", "tensorflow")
+
+
+def load_keras() -> None:
+    """Import Keras and its backend without the lines that TensorFlow's libraries write to stderr while they load."""
+    backend = keras_backend()
+    if backend not in ("tensorflow", "torch"):
+        expected = "Expected tensorflow or torch."
         raise CommandError(
-            "Invalid value for environment variable `KERAS_BACKEND`. Expected tensorflow. "
-            f"Received: {os.environ['KERAS_BACKEND']}",
-            USAGE,
+            f"Invalid value for environment variable `KERAS_BACKEND`. {expected} Received: {backend}", USAGE
         )
+    require(**{backend: backend}, keras="keras")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     with _stderr_kept_back():
         import keras  # noqa: F401
-        import tensorflow
 
-        tensorflow.config.list_logical_devices()
+        if backend == "tensorflow":
+            import tensorflow
+
+            tensorflow.config.list_logical_devices()
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from fastsepconv.cli.console import CHECK_FAILED, OK, USAGE, CommandError, Console, add_command, load_tensorflow
+from fastsepconv.cli.console import CHECK_FAILED, OK, USAGE, CommandError, Console, add_command, load_keras
 
 DESCRIPTION = """Write MODEL again with FastSeparableConv2D and FastDepthwiseConv2D in place of Keras's layers (or the
 reverse), the same weights, names and optimizer. Loading OUT needs `import fastsepconv.layers`, unless --revert."""
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.out.exists() and not args.overwrite:
         raise CommandError(f"{args.out} exists. Expected --overwrite, or another name", USAGE)
-    load_tensorflow()
+    load_keras()
     import fastsepconv
     from fastsepconv.cli import checkpoint
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastsepconv.cli import data
-from fastsepconv.cli.console import CHECK_FAILED, OK, Console, add_command, count, load_tensorflow, require
+from fastsepconv.cli.console import CHECK_FAILED, OK, Console, add_command, count, load_keras, require
 from fastsepconv.cli.recipe import LAST, Recipe
 from fastsepconv.cli.train import add_recipe_arguments, execute, show_operations
 
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     recipe = replace(RECIPE, **given)
     source, dataset = _digits(args, console)
 
-    load_tensorflow()
+    load_keras()
     console.heading("An Xception on FastSeparableConv2D")
     ours = execute(recipe, source, dataset, args.out / "fastsepconv", console)
     console.heading("The same on Keras's SeparableConv2D, from the same initial weights and batches")

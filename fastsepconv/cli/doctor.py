@@ -154,10 +154,13 @@ def _backend() -> Finding:
 def _tensorflow() -> Finding:
     if importlib.util.find_spec("tensorflow") is None:
         return Finding(NOTE, "not installed; the array API needs none", "pip install 'fastsepconv[tensorflow]'")
+    if console.keras_backend() != "tensorflow":
+        text = f"Keras runs on {console.keras_backend()}, as KERAS_BACKEND says"
+        return Finding(NOTE, text, "unset KERAS_BACKEND to use the layers with TensorFlow")
     try:
-        console.load_tensorflow()
+        console.load_keras()
     except console.CommandError as error:
-        return Finding(NOTE, str(error), "unset KERAS_BACKEND to use the layers with TensorFlow")
+        return Finding(NOTE, str(error), "pip install 'fastsepconv[tensorflow]'")
     from fastsepconv.bridge import tensorflow as bridge
 
     found = bridge.status()

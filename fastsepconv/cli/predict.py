@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fastsepconv.cli.console import OK, USAGE, CommandError, Console, add_command, count, load_tensorflow, require
+from fastsepconv.cli.console import OK, USAGE, CommandError, Console, add_command, count, load_keras, require
 from fastsepconv.cli.data import default_labels
 
 DESCRIPTION = """Classify pictures, or every picture of a folder, with a saved model. A picture is turned grey (or
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     console = Console(args.json)
     require(PIL="pillow")
     paths = _pictures(args.images)
-    load_tensorflow()
+    load_keras()
     import keras
 
     from fastsepconv.cli import checkpoint

@@ -24,7 +24,7 @@ from fastsepconv.cli.console import (
     add_command,
     count,
     fraction,
-    load_tensorflow,
+    load_keras,
     positive,
     require,
 )
@@ -128,13 +128,13 @@ def execute(
 ) -> Outcome:
     """Train, then leave every picture and table of the run in `out`. `fastsepconv demo` runs this too."""
     require(matplotlib="matplotlib")
-    load_tensorflow()
+    load_keras()
     from fastsepconv.cli import training
 
-    tensorboard = find_spec("tensorboard") is not None
-    if not tensorboard:
-        console.say("  no TensorBoard log: it needs tensorboard (pip install tensorboard)")
-    outcome = training.train(recipe, source, dataset, out, console, resume=resume, tensorboard=tensorboard)
+    missing = [name for name in ("tensorboard", "tensorflow") if find_spec(name) is None]
+    if missing:
+        console.say(f"  no TensorBoard log: Keras writes it with TensorFlow. Missing: {', '.join(missing)}")
+    outcome = training.train(recipe, source, dataset, out, console, resume=resume, tensorboard=not missing)
     _leave(outcome, dataset, out, console)
     return outcome
 
@@ -149,7 +149,7 @@ def _source(args: argparse.Namespace) -> data.Source:
 
 def _resumed(args: argparse.Namespace, given: dict[str, Any]) -> tuple[Recipe, data.Source, data.Dataset]:
     """The recipe and images that the checkpoint was trained with; only the number of epochs may change."""
-    load_tensorflow()
+    load_keras()
     from fastsepconv.cli import checkpoint
 
     path = args.out / LAST

@@ -15,7 +15,7 @@ from fastsepconv.cli.console import (
     Console,
     add_command,
     count,
-    load_tensorflow,
+    load_keras,
     positive,
 )
 
@@ -59,7 +59,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Verify; returns the exit code."""
     console = Console(args.json)
-    load_tensorflow()
+    load_keras()
     from fastsepconv import verify
     from fastsepconv.cli import checkpoint
 
