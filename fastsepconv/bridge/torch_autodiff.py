@@ -37,14 +37,14 @@ def eager() -> bool:
 
 def passing(tensor: torch.Tensor, value: torch.Tensor, note: Callable[[Any], None]) -> torch.Tensor:
     """`value` in the forward pass; in the backward pass the gradient goes to `tensor`, and to `note`."""
-    return _Passing.apply(tensor, value, note)
+    return _Passing.apply(tensor, value.detach(), note)  # of the graph that made `value` nothing is to run
 
 
 class _Passing(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor, value: torch.Tensor, note: Callable[[Any], None]) -> torch.Tensor:
         ctx.note = note
-        return value.detach().clone()
+        return value.clone()
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple:

@@ -16,6 +16,7 @@ KINDS = {
     "pointwise": bridge.pointwise_conv2d,
 }
 
+
 def operands(rng, kind, image, taps, multiplier, filters, dtype="float64"):
     """x, the kernels and the bias of a convolution, as constants."""
     shapes = operand_shapes(kind, image, taps, multiplier, filters)
