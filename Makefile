@@ -25,7 +25,7 @@ test: ## set up, then run the tests
 
 test-torch: ## set up .venv-torch, without TensorFlow, then run the tests of Keras on PyTorch
 	$(setup) torch,demo test .venv-torch '$(TORCH)'
-	KERAS_BACKEND=torch .venv-torch/bin/pytest $(or $(ARGS),tests/bridge/test_torch_*.py)
+	OMP_WAIT_POLICY=passive KERAS_BACKEND=torch .venv-torch/bin/pytest $(or $(ARGS),tests/bridge/test_torch_*.py)
 
 bench: ## set up, then race against TensorFlow and the other runtimes
 	$(setup) tensorflow,demo,bench test

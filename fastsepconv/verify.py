@@ -116,7 +116,7 @@ def verify(model: keras.Model, x: Any, y: Any = None, *, training: bool = False,
         ValueError: `model` has no layer to compare, or there are targets but no loss.
         RuntimeError: Keras runs on another backend than TensorFlow and PyTorch.
     """
-    _autodiff()
+    _autodiff()  # raises where there is none
     layers = layers_of(model)
     if not any(type(layer) in (*TO_FAST, *TO_STOCK) for layer in layers):
         raise ValueError(

@@ -109,7 +109,8 @@ def _convolve(kind: str, operands: dict, bias, attributes: dict, data_format: st
 
 def _tensor(value, x: torch.Tensor | None = None) -> torch.Tensor:
     """`value` as a tensor; what is none yet becomes one of x's dtype and device."""
-    value = getattr(value, "value", value)  # a variable of Keras's
+    if not isinstance(value, torch.Tensor):
+        value = getattr(value, "value", value)  # a variable of Keras's
     if isinstance(value, torch.Tensor):
         return value
     return torch.as_tensor(value) if x is None else torch.as_tensor(value, dtype=x.dtype, device=x.device)

@@ -215,7 +215,7 @@ def test_verify_finds_equal_layers_equal_and_changes_nothing(training):
         np.testing.assert_array_equal(ours, theirs)
     assert report.max_output_error < 1e-9  # often 0: PyTorch adds in the same order
     assert 0 < report.max_gradient_error < 1e-9
-    assert 0 < report.input_gradient_error < 1e-9
+    assert report.input_gradient_error < 1e-9
     assert len([layer for layer in report.layers if layer.kind == "FastSeparableConv2D"]) == 13
 
 
