@@ -106,8 +106,10 @@ def _define(kind: str) -> Operation:
         return tuple(map(dy.new_empty, torch_kernels.gradient_shapes(operands, dy, wanted)))
 
     return Operation(
-        _differentiable(compute, count, _gradient_of(kind), _tangent_of(kind)),
-        _differentiable(compute_grad, count + 1, _gradient_of_gradient_of(kind), _tangent_of_gradient_of(kind)),
+        _differentiable(compute, count, count + 1, _gradient_of(kind), _tangent_of(kind)),
+        _differentiable(
+            compute_grad, count + 1, count + 1, _gradient_of_gradient_of(kind), _tangent_of_gradient_of(kind)
+        ),
     )
 
 
@@ -119,20 +121,22 @@ def _hashable(window: Sequence) -> Window:
     return tuple(tuple(part) if isinstance(part, list) else part for part in window)
 
 
-def _differentiable(op: CustomOpDef, count: int, gradient: Callable, tangent: Callable) -> Operator:
-    """Tell PyTorch the derivatives of an operator whose first `count` arguments they depend on."""
+def _differentiable(op: CustomOpDef, kept: int, tensors: int, gradient: Callable, tangent: Callable) -> Operator:
+    """Tell PyTorch the derivatives of an operator; they depend on the first `kept` of its `tensors` tensors."""
 
     def keep(ctx: Context, inputs: tuple, output: Any) -> None:
         ctx.set_materialize_grads(False)  # what nobody used has no gradient, and costs nothing
-        ctx.save_for_backward(*inputs[:count])
-        ctx.others = inputs[count:]
+        ctx.save_for_backward(*inputs[:kept])
+        ctx.constants = inputs[tensors:]
 
     def keep_for_both(ctx: Context, inputs: tuple, output: Any) -> None:
         keep(ctx, _spread(inputs), output)
-        ctx.save_for_forward(*inputs[:count])
+        ctx.save_for_forward(*inputs[:kept])
 
     def one_by_one(info: Any, in_dims: tuple, *arguments: Any) -> Any:
         """Under `torch.vmap`: a call for each member of the batch."""
+        if info.batch_size == 0:
+            raise ValueError("fastsepconv works off a batch of torch.vmap one by one. Expected members. Received: none")
         results = [
             op(*(a.select(dim, i) if isinstance(dim, int) else a for a, dim in zip(arguments, in_dims, strict=True)))
             for i in range(info.batch_size)
@@ -155,7 +159,7 @@ def _differentiable(op: CustomOpDef, count: int, gradient: Callable, tangent: Ca
 
 def _gradient_of(kind: str) -> Callable:
     def gradient(ctx: Context, dy: torch.Tensor | None) -> tuple:
-        operands, window = ctx.saved_tensors, ctx.others[1:]
+        operands, window = ctx.saved_tensors, ctx.constants
         if dy is None:
             return _for_all_inputs(ctx, [])
         return _for_all_inputs(ctx, backward(kind, operands, dy, window, ctx.needs_input_grad[: len(operands) + 1]))
@@ -166,7 +170,7 @@ def _gradient_of(kind: str) -> Callable:
 def _gradient_of_gradient_of(kind: str) -> Callable:
     def gradient(ctx: Context, *upstream: torch.Tensor | None) -> tuple:
         *operands, dy = ctx.saved_tensors
-        *window, computed = ctx.others
+        *window, computed = ctx.constants
         given = [u if there else None for u, there in zip(upstream, computed, strict=True)]
         wanted = ctx.needs_input_grad[: len(operands) + 1]
         return _for_all_inputs(ctx, _second_order(kind, operands, dy, window, given, wanted))
@@ -181,7 +185,7 @@ def _for_all_inputs(ctx: Context, gradients: Gradients) -> tuple:
 
 def _tangent_of(kind: str) -> Callable:
     def tangent(ctx: Context, *tangents: torch.Tensor | None) -> torch.Tensor:
-        operands, window = ctx.saved_tensors, ctx.others[1:]
+        operands, window = ctx.saved_tensors, ctx.constants
         count = len(operands)
         like_y = operands[0].new_empty(()).expand(torch_kernels.result_shape(kind, _named(kind, operands), window))
         only_y = [False] * count + [True]
@@ -193,7 +197,7 @@ def _tangent_of(kind: str) -> Callable:
 def _tangent_of_gradient_of(kind: str) -> Callable:
     def tangent(ctx: Context, *tangents: torch.Tensor | None) -> tuple:
         *operands, dy = ctx.saved_tensors
-        *window, computed = ctx.others
+        *window, computed = ctx.constants
         count = len(operands)
         gradients = _second_order(kind, operands, dy, window, [*tangents[:count], None], [*computed[:-1], False])
         if tangents[count] is not None:

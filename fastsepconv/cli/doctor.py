@@ -41,7 +41,7 @@ def add_parser(subparsers: Any) -> None:
         subparsers,
         "doctor",
         "say what runs here, and what to do about what is not well",
-        "Looks at the processor, the threads, the compiled kernels, TensorFlow and CUDA, and runs one kernel.\n"
+        "Looks at the processor, the threads, the compiled kernels, TensorFlow, PyTorch and CUDA, and runs one kernel.\n"
         "ok: well. note: well, but it could be better. ill: the line says what to do.",
         EXAMPLES,
         exits={console.OK: "all is well", console.CHECK_FAILED: "something is not well"},
@@ -172,6 +172,15 @@ def _tensorflow() -> Finding:
     return Finding(ILL, f"{text}: {found['reason']}", "it is slower; another TensorFlow may offer the C API", found)
 
 
+def _torch() -> Finding:
+    if importlib.util.find_spec("torch") is None:
+        return Finding(WELL, "not installed; the layers work on TensorFlow as well")
+    from fastsepconv.bridge import torch as bridge
+
+    found = bridge.status()
+    return Finding(WELL, f"PyTorch {found['torch']} reaches the kernels by {found['path']}", details=found)
+
+
 def _cuda() -> Finding:
     driver, cards = _nvidia()
     numba_cuda = _version("numba-cuda")
@@ -217,6 +226,7 @@ CHECKS: dict[str, Callable[[], Finding]] = {
     "kernels": _kernel,
     "backend": _backend,
     "tensorflow": _tensorflow,
+    "torch": _torch,
     "cuda": _cuda,
 }
 
@@ -233,7 +243,7 @@ def _version(package: str) -> str | None:
 
 
 def _versions() -> dict[str, str | None]:
-    packages = ("fastsepconv", "numpy", "numba", "llvmlite", "tensorflow", "keras")
+    packages = ("fastsepconv", "numpy", "numba", "llvmlite", "tensorflow", "torch", "keras")
     machine = f"{platform.system()} {platform.machine()}"
     return {"python": platform.python_version(), "machine": machine, **{name: _version(name) for name in packages}}
 

@@ -12,8 +12,6 @@ import pytest
 
 from .torch_cases import torch
 
-__all__ = ["torch"]
-
 SMALL = ("--images", "120", "--num-blocks", "0", "--epochs", "1", "--batch-size", "32")
 
 
@@ -51,6 +49,11 @@ def test_predict_and_verify_take_the_trained_model(demo):
     model = str(out / "fastsepconv" / "model.keras")
     assert len(command("predict", str(out / "images"), "--model", model)["images"]) == 12
     assert command("verify", model)["passed"]
+
+
+def test_doctor_tells_of_pytorch():
+    document = command("doctor")
+    assert document["well"] and document["checks"]["torch"]["details"]["torch"] == torch.__version__
 
 
 def test_train_goes_on_from_its_checkpoint(demo, tmp_path):

@@ -95,6 +95,12 @@ def test_operators_check_too(arguments):
         backward(x, depthwise, pointwise, dy, *window, [True] * 3)
 
 
+def test_vmap_over_nothing(arguments):
+    x, depthwise, *_ = arguments.values()
+    with pytest.raises(ValueError, match=r"one by one\. Expected members"):
+        torch.vmap(lambda image: bridge.depthwise_conv2d(image[None], depthwise))(x[:0])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_device_without_kernels_is_told(rng, monkeypatch, kind):
     from fastsepconv import dispatch

@@ -12,7 +12,7 @@ import pytest
 from fastsepconv.cli import doctor, main
 
 HIDE_TENSORFLOW = "sys.modules.update(tensorflow=None, keras=None)"
-NAMES = ["processor", "threads", "cache", "kernels", "backend", "tensorflow", "cuda"]
+NAMES = ["processor", "threads", "cache", "kernels", "backend", "tensorflow", "torch", "cuda"]
 
 
 def doctor_in_a_process(*arguments: str, before: str = "", **environment: str) -> subprocess.CompletedProcess:
