@@ -41,7 +41,7 @@ def add_parser(subparsers: Any) -> None:
         subparsers,
         "doctor",
         "say what runs here, and what to do about what is not well",
-        "Looks at the processor, the threads, the compiled kernels, TensorFlow, PyTorch and CUDA, and runs one kernel.\n"
+        "Looks at the processor, the threads, the compiled kernels, the frameworks and CUDA, and runs one kernel.\n"
         "ok: well. note: well, but it could be better. ill: the line says what to do.",
         EXAMPLES,
         exits={console.OK: "all is well", console.CHECK_FAILED: "something is not well"},
