@@ -43,8 +43,6 @@ from numba.core.dispatcher import Dispatcher
 from numba.core.extending import _Intrinsic
 from numba.core.serialize import dumps
 
-from . import threads
-
 FOLDER_VARIABLE = "FASTSEPCONV_CACHE_DIR"
 _TILE_VARIABLE = "FASTSEPCONV_TILE"
 _MAGIC = b"fastsepconv kernel 1\n"
@@ -90,7 +88,6 @@ class DiskCache(_Cache):
 
     def load_overload(self, sig: object, target_context: BaseContext) -> CompileResult | None:
         """The compiled function for `sig`, or None where it must be compiled."""
-        threads.ensure_started()  # machine code is linked as it is loaded, and crashes at its first call without a pool
         target_context.refresh()
         file = self._file(sig, target_context.codegen())
         result = _load(file, target_context) if file else None

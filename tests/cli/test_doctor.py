@@ -29,7 +29,7 @@ def test_a_well_machine_in_json(capsys):
     assert document["well"] is True
     assert list(document["checks"]) == NAMES
     assert document["checks"]["kernels"]["details"]["relative_error"] < 1e-5
-    assert document["checks"]["threads"]["details"]["layer"] in ("tbb", "omp", "workqueue")
+    assert document["checks"]["threads"]["details"]["layer"] in ("own", "tbb", "omp", "workqueue")
     assert document["checks"]["tensorflow"]["details"]["path"] in ("c-api", "numpy_function")
     assert document["versions"]["numba"]
 
