@@ -76,10 +76,10 @@ def forward_kernel(x_element: str, kernel_element: str, y_element: str) -> Kerne
             total = accumulator(0)
             for r in range(g.kernel_height):
                 h = p * g.stride_height + r * g.dilation_height - g.pad_top
-                if 0 <= h and h < g.height:
+                if 0 <= h < g.height:
                     for s in range(g.kernel_width):
                         w = q * g.stride_width + s * g.dilation_width - g.pad_left
-                        if 0 <= w and w < g.width:
+                        if 0 <= w < g.width:
                             source = ((n * g.height + h) * g.width + w) * g.channels + c
                             tap = ((r * g.kernel_width + s) * g.channels + c) * g.multiplier + m
                             total += load_x(x, source) * load_kernel(kernel, tap)
@@ -169,7 +169,7 @@ def d_kernel_kernel(x_element: str, dy_element: str) -> Kernel:
                     q, image_row = pixel % g.out_width, pixel // g.out_width
                     p, n = image_row % g.out_height, image_row // g.out_height
                     h, w = p * g.stride_height + below, q * g.stride_width + beside
-                    if 0 <= h and h < g.height and 0 <= w and w < g.width:
+                    if 0 <= h < g.height and 0 <= w < g.width:
                         source = ((n * g.height + h) * g.width + w) * g.channels + c
                         target = (pixel * g.channels + c) * g.multiplier + m
                         short += load_x(x, source) * load_dy(dy, target)

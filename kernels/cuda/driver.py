@@ -10,13 +10,13 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from ..nvidia import LEAST_CAPABILITY
 from .elements import SIMULATED
 
 if not SIMULATED:
     from cuda.bindings import driver as api
 
 PER_THREAD_STREAM = 2  # the driver's own name for the calling thread's default stream
-LEAST_CAPABILITY = (8, 0)  # what the kernels are compiled and assembled for at least
 
 
 class Device(NamedTuple):
@@ -29,10 +29,13 @@ class Device(NamedTuple):
 
 
 class Stream(NamedTuple):
-    """Where work is put: a stream by the driver's handle, and the card that it belongs to (None in the simulator)."""
+    """Where work is put: a stream by the driver's handle, and the card that it belongs to."""
 
     handle: int
-    device: Device | None
+    device: Device
+
+
+SIMULATOR = Device(0, "Numba's simulator", LEAST_CAPABILITY, 0)
 
 
 def call(doing: str, function: Callable, *arguments: Any) -> Any:
@@ -79,25 +82,24 @@ def device(ordinal: int) -> Device:
     return Device(ordinal, name, (major, minor), int(context))
 
 
-def activate(device: Device | None) -> None:
+def activate(device: Device) -> None:
     """Make the card's context that of the calling thread."""
-    if device is not None:
-        current = call("Asking for the current context", api.cuCtxGetCurrent)
-        if int(current) != device.context:
-            call(f"Turning to card {device.ordinal}", api.cuCtxSetCurrent, device.context)
+    current = call("Asking for the current context", api.cuCtxGetCurrent)
+    if int(current) != device.context:
+        call(f"Turning to card {device.ordinal}", api.cuCtxSetCurrent, device.context)
 
 
 def own_stream(ordinal: int = 0) -> Stream:
     """The calling thread's default stream on a card, whose context becomes the thread's."""
     if SIMULATED:
-        return Stream(0, None)
+        return Stream(0, SIMULATOR)
     on = device(ordinal)
     activate(on)
     return Stream(PER_THREAD_STREAM, on)
 
 
 def allocate(size: int, what: str, stream: Stream) -> int:
-    """The address of `size` new bytes on the card, or 0 for none; `what` they are for is said where there is no room."""
+    """The address of `size` new bytes on the card, or 0 for none; `what` they are for is said if there is no room."""
     if size == 0:
         return 0
     status, address = api.cuMemAllocAsync(size, stream.handle)
@@ -175,4 +177,4 @@ def allow_shared_memory(kernel: int, size: int, device: Device) -> None:
 
 
 def _card(stream: Stream) -> str:
-    return f"card {stream.device.ordinal} ({stream.device.name})" if stream.device else "the simulator"
+    return f"card {stream.device.ordinal} ({stream.device.name})"

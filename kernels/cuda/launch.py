@@ -66,7 +66,7 @@ class Kernel:
         if self.name in KERNELS:
             raise ValueError(f"There are two kernels of the name {self.name}.")
         KERNELS[self.name] = self
-        self._simulated = cuda.jit(function) if SIMULATED else None
+        self._simulated: Any = cuda.jit(function) if SIMULATED else None
         self._packers = threading.local()
         self._loaded: dict[int, tuple[Any, int]] = {}  # by the card's number
         self._compiling = threading.Lock()

@@ -86,12 +86,12 @@ def _run_copied(body: Callable[..., None], inputs: Sequence[Any], outputs: Seque
         targets = [_room_for(array, held, stream) for array in outputs]
         body(*operands, *targets, stream)
         for array, target in zip(outputs, targets, strict=True):
-            if array is not None:
+            if target is not None:
                 driver.copy_out(array.ctypes.data, target.pointer, array.nbytes, stream)
     driver.synchronize(stream, "Computing on the card")
 
 
-def _room_for(array: np.ndarray | None, held: contextlib.ExitStack, stream: Stream) -> Operand | None:
+def _room_for(array: Any, held: contextlib.ExitStack, stream: Stream) -> Operand | None:
     if array is None:
         return None
     address = driver.allocate(array.nbytes, f"an array of shape {array.shape}", stream)
@@ -99,7 +99,7 @@ def _room_for(array: np.ndarray | None, held: contextlib.ExitStack, stream: Stre
     return Operand(address, array.dtype.name)
 
 
-def _copied(array: np.ndarray | None, held: contextlib.ExitStack, stream: Stream) -> Operand | None:
+def _copied(array: Any, held: contextlib.ExitStack, stream: Stream) -> Operand | None:
     operand = _room_for(array, held, stream)
     if operand is not None:
         driver.copy_in(operand.pointer, array.ctypes.data, array.nbytes, stream)
@@ -126,5 +126,7 @@ def _operand_of(array: Any) -> Operand | None:
         return Operand(array.address, array.dtype.name)
     words = ELEMENTS[array.dtype.name].dtype
     size = int(np.prod(array.shape)) * words.itemsize
-    memory = (ctypes.c_char * size).from_address(array.address) if size else b""
-    return Operand(SimulatedPointer(np.frombuffer(memory, words)), array.dtype.name)
+    memory = np.empty(0, np.uint8)
+    if size:
+        memory = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(array.address))
+    return Operand(SimulatedPointer(memory.view(words)), array.dtype.name)

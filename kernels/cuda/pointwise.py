@@ -60,8 +60,10 @@ def backward(
         split = sums.split(rows, weights)
         run = d_kernel_kernel(x.element, dy.element)
         with scratch(split.parts * weights, sums_of(x.element, dy.element), stream) as partial:
-            sizes = rows, channels, filters, split.length, split.run
-            run.over(split.parts * weights, stream, *sizes, x.pointer, dy.pointer, partial.pointer)
+            run.over(
+                split.parts * weights, stream, rows, channels, filters, split.length, split.run,
+                x.pointer, dy.pointer, partial.pointer,
+            )  # fmt: skip
             sums.over_parts(split.parts, weights, partial, d_kernel, stream)
     if d_bias:
         sums.over_rows(rows, filters, dy, d_bias, stream)

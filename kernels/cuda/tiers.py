@@ -44,5 +44,10 @@ def run(operation: str, *arguments: Any) -> None:
 
 
 def explain() -> str:
-    """The tiers that each operation has, in the order in which they are asked."""
-    return ", ".join(f"{name} {'/'.join(row.tier for row in rows)}" for name, rows in TABLE.items())
+    """Which operations each tier serves, in words."""
+    tiers = dict.fromkeys(row.tier for rows in TABLE.values() for row in rows)
+    served = {tier: [name for name, rows in TABLE.items() if any(row.tier == tier for row in rows)] for tier in tiers}
+    return ", ".join(
+        f"{tier} kernels for {'every operation' if len(names) == len(TABLE) else ' and '.join(names)}"
+        for tier, names in served.items()
+    )
