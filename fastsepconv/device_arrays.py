@@ -83,7 +83,10 @@ def is_on_card(value: object) -> bool:
     """Whether `value` is an array in the memory of a card."""
     if isinstance(value, np.ndarray):
         return False
-    return hasattr(value, "__cuda_array_interface__") or dlpack.is_on_card(value)
+    try:
+        return hasattr(value, "__cuda_array_interface__") or dlpack.is_on_card(value)
+    except (TypeError, RuntimeError):  # it is on one, and cannot be described: `read` tells why
+        return True
 
 
 def receive(arguments: dict[str, object]) -> dict[str, object]:

@@ -24,7 +24,7 @@ from . import binaries, driver
 from .driver import Stream
 from .elements import SIMULATED
 
-DEBUG_VARIABLE = "FASTSEPCONV_DEBUG"
+DEBUG = os.environ.get("FASTSEPCONV_DEBUG") == "1"
 GEOMETRY = types.NamedUniTuple(types.int64, len(Geometry._fields), Geometry)
 THREADS = 256
 MOST_BLOCKS = 2**20  # further elements are reached by striding over the grid
@@ -97,7 +97,7 @@ class Kernel:
         )  # fmt: skip
         if status:
             driver.call(f"Launching {self.name} on {blocks} blocks of {threads} threads", lambda: (status,))
-        if os.environ.get(DEBUG_VARIABLE) == "1" and not driver.is_capturing(stream):
+        if DEBUG and not driver.is_capturing(stream):
             driver.synchronize(stream, f"Running {self.name}")
 
     def _tell(self, blocks: int | tuple, threads: int | tuple) -> None:
