@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from .kernels.device_array import DeviceArray
 from .kernels.geometry import Geometry, Padding, Pair, effective_size, resolve
 
 # Strides, dilation rates, padding and a kernel's span stay below this, so that no sum or product of two of them and
@@ -77,8 +78,8 @@ def padding(value: object) -> Padding:
 
 def _floats(name: str, value: object) -> np.ndarray:
     """`value` as a NumPy array of a supported dtype; a DeviceArray, which has one, as it is."""
-    if hasattr(value, "address"):
-        return value  # type: ignore[return-value]
+    if isinstance(value, DeviceArray):
+        return value
     try:
         array = np.asarray(value)
     except (TypeError, ValueError) as error:

@@ -9,74 +9,22 @@ from __future__ import annotations
 
 import math
 import sys
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from . import checks, dlpack
+from .kernels.device_array import DeviceArray, Dtype, contiguous_strides
 
 DEFAULT_STREAM = 1  # the driver's own name for the stream with which all others keep step
-_ITEM_SIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 _TYPE_STRINGS = {"<f2": "float16", "<f4": "float32", "<f8": "float64"}
 _EXPECTED = "an array of dtype " + ", ".join(checks.FLOAT_NAMES)
 _READ_ONLY_LIBRARIES = ("jax", "jaxlib", "tensorflow")  # whose arrays nobody may write to
 
 
-class Dtype(NamedTuple):
-    """A dtype by its name: NumPy has none for bfloat16."""
-
-    name: str
-
-    @property
-    def itemsize(self) -> int:
-        return _ITEM_SIZES[self.name]
-
-
-class DeviceArray(NamedTuple):
-    """An array in the memory of a card: where it lies, how, and what it is an array of."""
-
-    address: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]  # in elements
-    dtype: Dtype
-    device: int
-    stream: int
-    writable: bool
-    owner: Any  # the caller's array
-
-    @property
-    def ndim(self) -> int:
-        return len(self.shape)
-
-    @property
-    def end(self) -> int:
-        """The address behind a contiguous array's last element."""
-        return self.address + math.prod(self.shape) * self.dtype.itemsize
-
-    @property
-    def is_contiguous(self) -> bool:
-        """Whether the elements lie in the order of their indices, without gaps."""
-        steps = zip(self.shape, self.strides, _contiguous(self.shape), strict=True)
-        return math.prod(self.shape) == 0 or all(size == 1 or ours == dense for size, ours, dense in steps)
-
-    def transpose(self, *axes: int) -> DeviceArray:
-        """The same elements with the axes in this order."""
-        return self._replace(
-            shape=tuple(self.shape[axis] for axis in axes), strides=tuple(self.strides[axis] for axis in axes)
-        )
-
-    def reshape(self, *shape: Any) -> DeviceArray:
-        """The same elements, which are contiguous, in another shape; one size may be -1."""
-        sizes = shape[0] if isinstance(shape[0], tuple) else shape
-        known = math.prod(size for size in sizes if size != -1)
-        rest = math.prod(self.shape) // known if known else 0
-        resolved = tuple(rest if size == -1 else size for size in sizes)
-        return self._replace(shape=resolved, strides=_contiguous(resolved))
-
-    def new(self, shape: tuple[int, ...], dtype: str | None = None) -> DeviceArray:
-        """A new array of the same library on the same card, contiguous, its elements unset."""
-        made = _empty(self, shape, dtype or self.dtype.name)
-        return read("out", made, self.stream)
+def new(like: DeviceArray, shape: tuple[int, ...], dtype: str | None = None) -> DeviceArray:
+    """A new array of the library of `like` on its card, contiguous, its elements unset."""
+    return read("out", _empty(like, shape, dtype or like.dtype.name), like.stream)
 
 
 def is_on_card(value: object) -> bool:
@@ -94,18 +42,28 @@ def receive(arguments: dict[str, object]) -> dict[str, object]:
     on_card = [name for name, value in arguments.items() if value is not None and is_on_card(value)]
     if not on_card:
         return arguments
+    in_memory = [name for name, value in arguments.items() if value is not None and name not in on_card]
+    if in_memory:
+        raise _mixed(on_card, in_memory, arguments)
     first: DeviceArray | None = None
     received: dict[str, object] = {}
     for name, value in arguments.items():
         if value is None:
             received[name] = None
             continue
-        if name not in on_card:
-            raise checks.invalid(name, f"an array on a card, as `{on_card[0]}` is", type(value), " of type", TypeError)
         array = read(name, value)
         first = first or array
         received[name] = beside(name, array, first)
     return received
+
+
+def _mixed(on_card: list[str], in_memory: list[str], arguments: dict[str, object]) -> Exception:
+    """The error for arrays of which some lie on a card and some do not: what the fewer are is wrong."""
+    if len(on_card) <= len(in_memory):
+        name, expected = on_card[0], f"an array in the computer's own memory, as `{in_memory[0]}` is"
+    else:
+        name, expected = in_memory[0], f"an array on a card, as `{on_card[0]}` is"
+    return checks.invalid(name, expected, type(arguments[name]), " of type", TypeError)
 
 
 def beside(name: str, array: DeviceArray, first: DeviceArray) -> DeviceArray:
@@ -127,7 +85,7 @@ def read(name: str, value: Any, stream: int | None = None) -> DeviceArray:
     if device is None:
         device = _card_of(name, address, math.prod(shape))
     own_stream = _torch_stream(value, device) or own_stream or DEFAULT_STREAM
-    strides = _contiguous(shape) if strides is None else strides
+    strides = contiguous_strides(shape) if strides is None else strides
     return DeviceArray(address, shape, strides, Dtype(dtype), device, stream or own_stream, writable, value)
 
 
@@ -197,13 +155,8 @@ def _from_interface(name: str, value: Any, interface: dict) -> dlpack.Described:
     address, read_only = interface["data"]
     shape, strides = tuple(interface["shape"]), interface.get("strides")
     if strides is not None:
-        strides = tuple(step // _ITEM_SIZES[dtype] for step in strides)
+        strides = tuple(step // Dtype(dtype).itemsize for step in strides)
     return dlpack.Described(address or 0, shape, strides, dtype, not read_only, None, stream)
-
-
-def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The strides of a contiguous array."""
-    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
 def _card_of(name: str, address: int, size: int) -> int:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from . import checks, layout
+from . import checks, device_arrays, layout
 from .kernels.geometry import Geometry
 
 Arrays = dict[str, np.ndarray]
@@ -104,7 +104,7 @@ def _between(x, shape: tuple[int, ...]):
     """Room for what lies between two steps, beside x; on a card, where halves stay halves, in their sums' dtype."""
     if isinstance(x, np.ndarray):
         return layout.empty(shape, x.dtype)
-    return x.new(shape, "float64" if x.dtype.name == "float64" else "float32")
+    return device_arrays.new(x, shape, "float64" if x.dtype.name == "float64" else "float32")
 
 
 def _rows(images: np.ndarray) -> np.ndarray:

@@ -299,7 +299,7 @@ def _forward_on_card(operation, arrays, data_format, activation, backend, out):
     if "bias" in arrays:
         checks.shape("bias", arrays["bias"], shape[-1:], "one value for each of the output's channels")
     arrays = device_arrays.for_kernels(arrays)
-    y = x.new(shape) if out is None else device_arrays.output(out, data_format, shape, arrays)
+    y = device_arrays.new(x, shape) if out is None else device_arrays.output(out, data_format, shape, arrays)
     operation.forward(kernels, arrays, y, clamp)
     result = device_arrays.deliver(y, data_format) if out is None else out
     return result if function is None else activation(result)
@@ -312,7 +312,7 @@ def _backward_on_card(operation, arrays, data_format, backend):
     checks.shape("dy", dy, layout.shape_in(data_format, shape), "the output's shape")
     arrays = device_arrays.for_kernels(arrays)
     shapes = {name: array.shape for name, array in arrays.items() if name != "dy"} | {"bias": shape[-1:]}
-    gradients = {name: x.new(wanted) for name, wanted in shapes.items()}
+    gradients = {name: device_arrays.new(x, wanted) for name, wanted in shapes.items()}
     operation.backward(kernels, arrays, gradients)
     dx = device_arrays.deliver(gradients.pop("x"), data_format)
     return (dx, *(gradient.owner for gradient in gradients.values()))

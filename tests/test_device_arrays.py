@@ -130,10 +130,13 @@ def test_arrays_of_two_dtypes_are_refused():
 
 def test_a_mix_of_memories_is_refused():
     memory = np.ones((2, 2), "f4")
+    on_card = InterfaceArray(memory)
     with pytest.raises(TypeError, match=r"argument `kernel`\. Expected an array on a card, as `x` is.*ndarray"):
-        receive(x=InterfaceArray(memory), kernel=memory)
-    with pytest.raises(TypeError, match=r"argument `x`\. Expected an array on a card, as `kernel` is"):
-        receive(x=memory, kernel=InterfaceArray(memory))
+        receive(x=on_card, kernel=memory, bias=on_card)
+    with pytest.raises(
+        TypeError, match=r"argument `kernel`\. Expected an array in the computer's own memory, as `x` is"
+    ):
+        receive(x=memory, kernel=on_card, bias=None)
 
 
 def test_a_pointer_to_the_computers_memory_is_refused(monkeypatch):
@@ -173,4 +176,4 @@ def test_libraries_whose_arrays_cannot_be_written_are_refused():
     with pytest.raises(
         TypeError, match=r"argument `x`\. Expected an array of a library whose arrays can be written to"
     ):
-        array.new((2, 2))
+        device_arrays.new(array, (2, 2))

@@ -1,7 +1,7 @@
 """The CUDA kernels, with the names and arguments of the CPU's.
 
 Arrays are C-contiguous and channels-last, of float32, float64, float16 or bfloat16, checked by the caller: all NumPy
-arrays, which are copied to the card and back, or all on the card (`fastsepconv.device_arrays.DeviceArray`), which are
+arrays, which are copied to the card and back, or all on the card (`device_array.DeviceArray`), which are
 used where they are, on their stream. `clamp` is a fused activation: (low, high) bounds of y; NaN passes.
 
 Importing this needs numba-cuda. With NUMBA_ENABLE_CUDASIM=1 the plain kernels run in Numba's simulator.

@@ -143,7 +143,7 @@ def order_after(stream: Stream, other: int) -> None:
     """What is put into `stream` from now on runs after what is in the stream with the handle `other` now."""
     if SIMULATED or other == stream.handle:
         return
-    flags = api.CUevent_flags.CU_EVENT_DISABLE_TIMING
+    flags = int(api.CUevent_flags.CU_EVENT_DISABLE_TIMING)
     event = call("Making an event", api.cuEventCreate, flags)
     try:
         call("Recording an event", api.cuEventRecord, event, other)

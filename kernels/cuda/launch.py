@@ -2,8 +2,9 @@
 
 A kernel is a Python function whose parameters have types given once: `CPointer` for arrays, which are raw addresses on
 a card and flat arrays in the simulator, integers and floats, and `GEOMETRY`, whose fields it reads by name. Launching
-one packs its arguments and calls the driver, on the stream that is given. It does not wait, so that it can be captured
-into a CUDA graph; with FASTSEPCONV_DEBUG=1 it does, and an error in a kernel is raised where that was launched.
+one packs its arguments and calls the driver, on the stream that is given. It does not wait, so that a launch can be
+captured into a CUDA graph, once an earlier one has loaded the kernel. With FASTSEPCONV_DEBUG=1 it does wait, and an
+error in a kernel is raised where that was launched.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..device_array import DeviceArray
 from . import driver
 from .driver import Stream
 from .elements import ELEMENTS, SIMULATED
@@ -67,7 +68,7 @@ def run(body: Callable[..., None], inputs: Sequence[Any], outputs: Sequence[Any]
     """`body(*operands, stream)`, the operands those of the inputs and outputs in this order; None stays None.
 
     NumPy arrays are copied to the card and, for outputs, back: all is done when this returns. Arrays on the card
-    (`device_arrays.DeviceArray`) are used where they are, on their stream: the work is only put there.
+    (`device_array.DeviceArray`) are used where they are, on their stream: the work is only put there.
     """
     arrays = [array for array in (*inputs, *outputs) if array is not None]
     if not isinstance(arrays[0], np.ndarray):
@@ -111,7 +112,7 @@ def _simulated(array: np.ndarray) -> Operand:
     return Operand(SimulatedPointer(array.reshape(-1).view(ELEMENTS[name].dtype)), name)
 
 
-def _stream_of(array: Any) -> Stream:
+def _stream_of(array: DeviceArray) -> Stream:
     if SIMULATED:
         return driver.own_stream()
     on = driver.device(array.device)
@@ -119,7 +120,7 @@ def _stream_of(array: Any) -> Stream:
     return Stream(array.stream, on)
 
 
-def _operand_of(array: Any) -> Operand | None:
+def _operand_of(array: DeviceArray | None) -> Operand | None:
     if array is None:
         return None
     if not SIMULATED:

@@ -1,4 +1,4 @@
-"""The way to the card without one: what is compiled, kept, packed and asked of the driver, a double of which answers."""
+"""The way to the card without one: what is compiled, kept, packed and asked of the driver, whose double answers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 
-from fastsepconv.device_arrays import DeviceArray, Dtype
+from fastsepconv.kernels.device_array import DeviceArray, Dtype
 from fastsepconv.kernels.geometry import resolve
 
 from .driver_double import CONTEXT, values_at

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import ml_dtypes
 import numpy as np
 import pytest
 
 import fastsepconv
+from fastsepconv.kernels.cuda import launch
 from tests.card_arrays import DLPackArray, InterfaceArray
 from tests.tolerances import assert_close
 
@@ -120,3 +124,19 @@ def test_out_may_not_overlap_what_is_read():
     x, out = InterfaceArray(memory[:32].reshape(1, 4, 4, 2)), InterfaceArray(memory[16:48].reshape(1, 4, 4, 2))
     with pytest.raises(ValueError, match=r"argument `out`\. Expected memory apart from that of `x`"):
         fastsepconv.pointwise_conv2d(x, InterfaceArray(np.ones((2, 2), "f4")), out=out)
+
+
+def test_every_kernel_that_ran_here_is_in_the_table_of_those_that_assemble(rng):
+    """By now all mixtures of elements that the array API can ask for have been made."""
+    for dtype in DTYPES:
+        for order in ORDERS:
+            arrays = [DLPackArray(array) for array in arrays_of(rng, dtype, order).values()]
+            y = fastsepconv.separable_conv2d(*arrays, order=order)
+            fastsepconv.separable_conv2d_grad(*arrays, y, order=order)
+        x, kernel, matrix = (
+            DLPackArray(np.ones(shape, DTYPES[dtype])) for shape in ((1, 2, 2, 3), (2, 2, 3, 1), (3, 2))
+        )
+        fastsepconv.depthwise_conv2d_grad(x, kernel, fastsepconv.depthwise_conv2d(x, kernel))
+        fastsepconv.pointwise_conv2d_grad(x, matrix, fastsepconv.pointwise_conv2d(x, matrix))
+    assembled = json.loads((Path(__file__).parents[1] / "assembly.json").read_text())
+    assert set(launch.KERNELS) == set(assembled)
