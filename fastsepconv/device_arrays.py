@@ -80,7 +80,7 @@ def beside(name: str, array: DeviceArray, first: DeviceArray) -> DeviceArray:
 def read(name: str, value: Any, stream: int | None = None) -> DeviceArray:
     """An array on a card, as it describes itself; `stream`, where it is known, goes before what that says."""
     interface = _interface(name, value)
-    array = dlpack.read(name, value, DEFAULT_STREAM) if interface is None else _from_interface(name, value, interface)
+    array = _from_dlpack(name, value) if interface is None else _from_interface(name, value, interface)
     address, shape, strides, dtype, writable, device, own_stream = array
     if device is None:
         device = _card_of(name, address, math.prod(shape))
@@ -143,6 +143,11 @@ def _interface(name: str, value: Any) -> dict | None:
     if interface["typestr"] not in _TYPE_STRINGS and "bfloat16" not in str(getattr(value, "dtype", "")):
         raise checks.invalid(name, _EXPECTED, interface["typestr"], ".dtype", TypeError)
     return interface
+
+
+def _from_dlpack(name: str, value: Any) -> dlpack.Described:
+    """What PyTorch uses already on its current stream need not be brought into another's order."""
+    return dlpack.read(name, value, _torch_stream(value, value.__dlpack_device__()[1]) or DEFAULT_STREAM)
 
 
 def _from_interface(name: str, value: Any, interface: dict) -> dlpack.Described:

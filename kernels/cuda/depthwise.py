@@ -5,15 +5,13 @@ Letters as in `geometry`. Arrays are C-contiguous and channels-last; each may be
 
 from __future__ import annotations
 
-import functools
-
 import numpy as np
 from numba import cuda, types
 
 from ..geometry import Geometry
 from . import sums
 from .elements import ELEMENTS, clamped, scalar, sums_of
-from .launch import GEOMETRY, Kernel, Stream
+from .launch import GEOMETRY, Kernel, Stream, made_once
 from .memory import ABSENT, Operand, scratch
 
 
@@ -52,7 +50,7 @@ def backward(
         sums.over_rows(pixels, g.channels * g.multiplier, dy, d_bias, stream)
 
 
-@functools.cache
+@made_once
 def forward_kernel(x_element: str, kernel_element: str, y_element: str) -> Kernel:
     """The forward kernel for arrays of these elements."""
     load_x, load_kernel = ELEMENTS[x_element].load, ELEMENTS[kernel_element].load
@@ -97,7 +95,7 @@ def forward_kernel(x_element: str, kernel_element: str, y_element: str) -> Kerne
     )
 
 
-@functools.cache
+@made_once
 def d_x_kernel(kernel_element: str, dy_element: str, dx_element: str) -> Kernel:
     """The kernel of the input's gradient for arrays of these elements."""
     load_kernel, load_dy = ELEMENTS[kernel_element].load, ELEMENTS[dy_element].load
@@ -136,7 +134,7 @@ def d_x_kernel(kernel_element: str, dy_element: str, dx_element: str) -> Kernel:
     return Kernel(depthwise_d_x, elements, (GEOMETRY, *(ELEMENTS[name].pointer for name in elements)))
 
 
-@functools.cache
+@made_once
 def d_kernel_kernel(x_element: str, dy_element: str) -> Kernel:
     """The kernel of the kernel gradient's first stage for arrays of these elements."""
     load_x, load_dy = ELEMENTS[x_element].load, ELEMENTS[dy_element].load

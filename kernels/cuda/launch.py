@@ -10,6 +10,7 @@ error in a kernel is raised where that was launched.
 from __future__ import annotations
 
 import ctypes
+import functools
 import logging
 import os
 import struct
@@ -37,6 +38,7 @@ listeners: list[Callable[[str], None]] = []
 # Every kernel that was made in this process, by its name.
 KERNELS: dict[str, Kernel] = {}
 _FORMATS = {types.int32: "i", types.int64: "q", types.float32: "f", types.float64: "d"}
+_making = threading.RLock()
 _simulator = threading.Lock()  # it runs one kernel at a time, and says so by an assertion
 
 
@@ -78,7 +80,10 @@ class Kernel:
             self(min(-(-count // THREADS), MOST_BLOCKS), THREADS, stream, *arguments)
 
     def __call__(self, blocks: int | tuple, threads: int | tuple, stream: Stream, *arguments: Any) -> None:
-        """Launch with these arguments: `blocks` and `threads` are numbers, or up to three of them."""
+        """Launch with these arguments: `blocks` and `threads` are numbers, or up to three of them.
+
+        In the simulator the grid is always SIMULATED_GRID: a kernel that runs there strides over its grid.
+        """
         if listeners or log.isEnabledFor(logging.DEBUG):
             self._tell(blocks, threads)
         if SIMULATED:
@@ -123,6 +128,18 @@ class Kernel:
 
 
 _ONES = ((), (1, 1), (1,), ())  # what a grid of so many sizes lacks
+
+
+def made_once(factory: Callable[..., Kernel]) -> Callable[..., Kernel]:
+    """A function that makes kernels, each of them once, whichever threads ask for it at the same time."""
+    cached = functools.cache(factory)
+
+    @functools.wraps(factory)
+    def make(*elements: str) -> Kernel:
+        with _making:
+            return cached(*elements)
+
+    return make
 
 
 class Packer:

@@ -5,7 +5,6 @@ Letters: rows N*P*Q, K input channels, F filters. Arrays are C-contiguous; each 
 
 from __future__ import annotations
 
-import functools
 import math
 
 import numpy as np
@@ -13,7 +12,7 @@ from numba import cuda, types
 
 from . import sums
 from .elements import ELEMENTS, clamped, scalar, sums_of
-from .launch import Kernel, Stream
+from .launch import Kernel, Stream, made_once
 from .memory import ABSENT, Operand, scratch
 
 
@@ -69,7 +68,7 @@ def backward(
         sums.over_rows(rows, filters, dy, d_bias, stream)
 
 
-@functools.cache
+@made_once
 def forward_kernel(x_element: str, kernel_element: str, y_element: str) -> Kernel:
     """The forward kernel for arrays of these elements."""
     load_x, load_kernel = ELEMENTS[x_element].load, ELEMENTS[kernel_element].load
@@ -105,7 +104,7 @@ def forward_kernel(x_element: str, kernel_element: str, y_element: str) -> Kerne
     )
 
 
-@functools.cache
+@made_once
 def d_x_kernel(kernel_element: str, dy_element: str, dx_element: str) -> Kernel:
     """The kernel of the input's gradient for arrays of these elements."""
     load_kernel, load_dy = ELEMENTS[kernel_element].load, ELEMENTS[dy_element].load
@@ -134,7 +133,7 @@ def d_x_kernel(kernel_element: str, dy_element: str, dx_element: str) -> Kernel:
     return Kernel(pointwise_d_x, elements, (*[types.int64] * 4, *pointers))
 
 
-@functools.cache
+@made_once
 def d_kernel_kernel(x_element: str, dy_element: str) -> Kernel:
     """The kernel of the kernel gradient's first stage for arrays of these elements."""
     load_x, load_dy = ELEMENTS[x_element].load, ELEMENTS[dy_element].load

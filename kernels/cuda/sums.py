@@ -5,7 +5,6 @@ How the rows are split follows from the sizes alone; nothing is added atomically
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -13,7 +12,7 @@ import numpy as np
 from numba import cuda, types
 
 from .elements import ELEMENTS, sums_of
-from .launch import Kernel, Stream
+from .launch import Kernel, Stream, made_once
 from .memory import Operand, scratch
 
 SHORTEST_PART = 256  # rows; shorter ones would cost more in their own sum than they gain
@@ -50,7 +49,7 @@ def over_parts(parts: int, columns: int, partial: Operand, total: Operand, strea
     kernel.over(columns, stream, parts, columns, math.isqrt(parts), partial.pointer, total.pointer)
 
 
-@functools.cache
+@made_once
 def row_sums_kernel(x_element: str) -> Kernel:
     """The first stage, for rows of this element."""
     load = ELEMENTS[x_element].load
@@ -81,7 +80,7 @@ def row_sums_kernel(x_element: str) -> Kernel:
     return Kernel(row_sums, (x_element,), (*[types.int64] * 4, *pointers))
 
 
-@functools.cache
+@made_once
 def part_sums_kernel(partial_element: str, total_element: str) -> Kernel:
     """The second stage, to a total of this element."""
     store, accumulator = ELEMENTS[total_element].store, getattr(np, partial_element)
