@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import numpy as np
 
+from .kernels.device_array import DeviceArray
 from .kernels.geometry import Geometry, Padding, Pair, effective_size, resolve
 
 # Strides, dilation rates, padding and a kernel's span stay below this, so that no sum or product of two of them and
@@ -75,9 +77,9 @@ def padding(value: object) -> Padding:
 
 
 def _floats(name: str, value: object) -> np.ndarray:
-    """`value` as a NumPy array of a supported dtype."""
-    if hasattr(value, "__cuda_array_interface__"):
-        raise invalid(name, "an array in the computer's own memory", type(value), " of type", TypeError)
+    """`value` as a NumPy array of a supported dtype; a DeviceArray, which has one, as it is."""
+    if isinstance(value, DeviceArray):
+        return value
     try:
         array = np.asarray(value)
     except (TypeError, ValueError) as error:
@@ -118,7 +120,7 @@ def size(name: str, array: np.ndarray, axis: int, expected: int, why: str) -> No
         raise invalid(name, f"{expected} at axis {axis % array.ndim} ({why})", array.shape, ".shape")
 
 
-def shape(name: str, array: np.ndarray, expected: tuple[int, ...], why: str) -> None:
+def shape(name: str, array: Any, expected: tuple[int, ...], why: str) -> None:
     """Hold `array.shape` to the shape that `why` explains."""
     if array.shape != expected:
         raise invalid(name, f"an array of shape {expected}, {why}", array.shape, ".shape")

@@ -2,7 +2,7 @@
 
 >>> from fastsepconv import dispatch
 >>> print(dispatch.explain())
-cpu, since it is the first of cpu, cuda, reference that can run here.
+cpu, since it is the first of cpu, reference that can run here.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import warnings
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
-from importlib.util import find_spec
 from types import ModuleType
 from typing import NamedTuple
 
 from . import checks
+from .kernels import nvidia
 
 ENVIRONMENT = "FASTSEPCONV_BACKEND"
 
@@ -29,27 +29,19 @@ def _cpu_obstacle() -> str | None:
     return None
 
 
-def _cuda_obstacle() -> str | None:
-    if find_spec(f"{__package__}.kernels.cuda") is None:
-        missing = "this version of fastsepconv has no CUDA kernels yet"
-        if find_spec("numba_cuda") is None:
-            missing += ", nor is numba-cuda installed, which the extra `fastsepconv[cuda]` brings"
-        return missing
-    return None
-
-
 class Backend(NamedTuple):
     """A set of kernels: its name, the module that offers them, and why it cannot run here (None: it can)."""
 
     name: str
     module: str
     obstacle: Callable[[], str | None]
+    automatic: bool = True  # whether "auto" may take it for arrays in the computer's own memory
 
 
-# "auto" takes the first that can. NumPy arrays live in the CPU's memory, so the CPU's kernels come first.
+# "auto" takes the first that can. CUDA's kernels would copy what is not on the card, so they want to be asked for.
 BACKENDS = (
     Backend("cpu", "kernels.cpu", _cpu_obstacle),
-    Backend("cuda", "kernels.cuda", _cuda_obstacle),
+    Backend("cuda", "kernels.cuda", nvidia.obstacle, automatic=False),
     Backend("reference", "formulas", lambda: None),
 )
 NAMES = ("auto", *(backend.name for backend in BACKENDS))
@@ -73,8 +65,9 @@ def set_backend(name: str) -> None:
     """Choose the backend for every later call of this process that does not name its own.
 
     Args:
-        name: "auto" (the fastest that can run here), "cpu" (Numba kernels), "cuda", or "reference" (the formulas in
-            plain float64 NumPy: slow, for checking).
+        name: "auto" (the fastest that can run here), "cpu" (Numba kernels), "cuda" (Numba kernels on an
+            NVIDIA card; NumPy arrays are copied there and back, arrays on the card are not), or "reference" (the
+            formulas in plain float64 NumPy: slow, for checking). Under "auto" arrays on a card run on "cuda".
 
     Raises:
         ValueError: the name is none of these, or that backend cannot run here; the message says what is missing.
@@ -105,11 +98,12 @@ def explain(backend: str | None = None) -> Pick:
     asked = get_backend() if backend is None else checks.one_of("backend", backend, NAMES)
     obstacles: dict[str, str] = {}
     for candidate in BACKENDS:
-        if asked not in ("auto", candidate.name):
+        if not (candidate.automatic if asked == "auto" else candidate.name == asked):
             continue
         why_not = _obstacle(candidate)
         if why_not is None:
-            first = f"it is the first of {', '.join(NAMES[1:])} that can run here"
+            automatic = ", ".join(backend.name for backend in BACKENDS if backend.automatic)
+            first = f"it is the first of {automatic} that can run here"
             return Pick(candidate.name, first if asked == "auto" else "it was asked for", obstacles)
         obstacles[candidate.name] = why_not
     able = " or ".join(repr(name) for name in ("auto", *runnable()))
@@ -124,6 +118,14 @@ def runnable() -> tuple[str, ...]:
 def kernels(backend: str | None = None) -> ModuleType:
     """The module whose kernels a call with this `backend=` uses."""
     return _kernels(get_backend() if backend is None else checks.one_of("backend", backend, NAMES))
+
+
+def kernels_on_card(backend: str | None = None) -> ModuleType:
+    """The same for a call whose arrays are on a card: "auto" is "cuda" there, and nothing else can take them."""
+    asked = get_backend() if backend is None else checks.one_of("backend", backend, NAMES)
+    if asked not in ("auto", "cuda"):
+        raise checks.invalid("backend", "'auto' or 'cuda' for arrays on a card", asked)
+    return _kernels("cuda")
 
 
 @cache

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from . import checks
+from . import checks, device_arrays
 
 IMAGES = ("x", "dy")  # the arguments that have a data format
 LARGEST = 2**63 - 1  # bytes that an address can count
@@ -32,7 +32,11 @@ def shape_in(data_format: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def receive(data_format: str, **arguments: object) -> dict[str, np.ndarray]:
-    """The array arguments of a call, each checked by itself, images as channels-last views; a bias of None left out."""
+    """The array arguments of a call, each checked by itself, images as channels-last views; a bias of None left out.
+
+    Arrays on a card come as DeviceArrays, and then all of them do.
+    """
+    arguments = device_arrays.receive(arguments)
     image = "NHWC" if checks.data_format(data_format) == "channels_last" else "NCHW"
     letters = {"depthwise_kernel": "RSCM", "bias": "F"}
     arrays = {}

@@ -1,4 +1,4 @@
-"""The array API: depthwise, pointwise and separable convolution of NumPy arrays, and their gradients.
+"""The array API: depthwise, pointwise and separable convolution of arrays, and their gradients.
 
 Letters: N batch, H W input, P Q output, C channels, M depth multiplier, F filters, R S taps.
 
@@ -11,6 +11,10 @@ What holds for every function here:
   the dtype of what it is the gradient of; `d_bias` has the promoted dtype.
 - Images are `[N,H,W,C]`, or `[N,C,H,W]` with `data_format="channels_first"`. N may be 0, no other
   size.
+- Arrays on an NVIDIA card are anything with `__cuda_array_interface__` or DLPack: all of a call's on one card, of one
+  dtype, contiguous and channels-last in memory. They are computed there, with no copy, on the stream of the caller; the
+  results are arrays of the same library on the same card, and nothing has been waited for when a function returns.
+  NumPy arrays go to a card only under backend="cuda": they are copied there, and the results back.
 - NaN and infinities pass through, without warnings. No argument is ever changed.
 - An argument that cannot be used raises a ValueError, or a TypeError where its type or dtype is at fault, that says
   `Invalid value for argument ...`. So does a kernel that is larger than the padded image, which would leave no output.
@@ -20,7 +24,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from . import activations, checks, dispatch, layout, operations
+from . import activations, checks, device_arrays, dispatch, layout, operations
 
 
 def separable_conv2d(
@@ -248,6 +252,8 @@ def pointwise_conv2d_grad(
 
 
 def _forward(operation, arrays, data_format, activation, backend, out) -> np.ndarray:
+    if not isinstance(arrays["x"], np.ndarray):
+        return _forward_on_card(operation, arrays, data_format, activation, backend, out)
     kernels = dispatch.kernels(backend)
     clamp, function = activations.get(activation)
     shape, dtype = operation.output_shape, layout.common_dtype(arrays.values())
@@ -267,6 +273,8 @@ def _forward(operation, arrays, data_format, activation, backend, out) -> np.nda
 
 
 def _backward(operation, arrays, data_format, backend) -> tuple[np.ndarray, ...]:
+    if not isinstance(arrays["x"], np.ndarray):
+        return _backward_on_card(operation, arrays, data_format, backend)
     kernels = dispatch.kernels(backend)
     shape, dtype = operation.output_shape, layout.common_dtype(arrays.values())
     dy = layout.from_channels_last(arrays["dy"], data_format)
@@ -279,3 +287,32 @@ def _backward(operation, arrays, data_format, backend) -> tuple[np.ndarray, ...]
     operation.backward(kernels, arrays, gradients)
     gradients["x"] = layout.from_channels_last(gradients["x"], data_format)
     return tuple(layout.deliver(gradient, None, dtypes[name]) for name, gradient in gradients.items())
+
+
+def _forward_on_card(operation, arrays, data_format, activation, backend, out):
+    kernels = dispatch.kernels_on_card(backend)
+    clamp, function = activations.get(activation)
+    if function is not None and not (callable(activation) and out is None):
+        expected = f"None, {', '.join(activations.CLAMPS)}, or without `out` a function of an array on a card"
+        raise checks.invalid("activation", expected, activation)
+    x, shape = arrays["x"], operation.output_shape
+    if "bias" in arrays:
+        checks.shape("bias", arrays["bias"], shape[-1:], "one value for each of the output's channels")
+    arrays = device_arrays.for_kernels(arrays)
+    y = device_arrays.new(x, shape) if out is None else device_arrays.output(out, data_format, shape, arrays)
+    operation.forward(kernels, arrays, y, clamp)
+    result = device_arrays.deliver(y, data_format) if out is None else out
+    return result if function is None else activation(result)
+
+
+def _backward_on_card(operation, arrays, data_format, backend):
+    kernels = dispatch.kernels_on_card(backend)
+    x, shape = arrays["x"], operation.output_shape
+    dy = layout.from_channels_last(arrays["dy"], data_format)
+    checks.shape("dy", dy, layout.shape_in(data_format, shape), "the output's shape")
+    arrays = device_arrays.for_kernels(arrays)
+    shapes = {name: array.shape for name, array in arrays.items() if name != "dy"} | {"bias": shape[-1:]}
+    gradients = {name: device_arrays.new(x, wanted) for name, wanted in shapes.items()}
+    operation.backward(kernels, arrays, gradients)
+    dx = device_arrays.deliver(gradients.pop("x"), data_format)
+    return (dx, *(gradient.owner for gradient in gradients.values()))

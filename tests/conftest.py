@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from fastsepconv import dispatch
+from fastsepconv.kernels import nvidia
 
 # The CPU's kernels are not optional: where they cannot run, the tests that need them fail.
 BACKENDS = ("reference", "cpu", *(name for name in dispatch.runnable() if name not in ("reference", "cpu")))
@@ -29,3 +30,11 @@ def backend(request) -> str:
 def rng(request) -> np.random.Generator:
     """Numbers that depend on the test's name alone."""
     return np.random.default_rng(zlib.crc32(request.node.nodeid.encode()))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """What needs a card is skipped without one, and says what is missing."""
+    if item.get_closest_marker("cuda"):
+        why_not = "the simulator is no card" if nvidia.is_simulated() else nvidia.obstacle()
+        if why_not:
+            pytest.skip(f"needs an NVIDIA card: {why_not}")

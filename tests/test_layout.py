@@ -17,7 +17,10 @@ from fastsepconv import dispatch
 
 ROOT = Path(fastsepconv.__file__).parents[1]
 FRAMEWORKS = {"tensorflow", "keras", "torch", "jax"}
-FRAMEWORK_FREE = {"ops", "operations", "layout", "activations", "dispatch", "checks", "formulas", "kernels"}
+FRAMEWORK_FREE = {
+    "ops", "operations", "layout", "device_arrays", "dlpack", "activations", "dispatch", "checks", "formulas",
+    "kernels",
+}  # fmt: skip
 LONGEST_FILE = 400
 FOLDERS = {"fastsepconv": "fastsepconv", "kernels": "fastsepconv.kernels", "bench": "fastsepconv.bench"}
 
@@ -34,10 +37,12 @@ LAYERS = [
     {"ops"},
     {"operations"},
     {"layout", "activations", "dispatch"},
+    {"device_arrays"},
+    {"dlpack"},
     {"checks", "formulas"},
     {"kernels"},
 ]
-KERNEL_LAYERS = [{"cpu", "cuda"}, {"reference"}, {"geometry"}]
+KERNEL_LAYERS = [{"cpu", "cuda"}, {"reference"}, {"geometry", "device_array", "nvidia", "cache_folder"}]
 
 
 def sources() -> dict[str, Path]:
@@ -110,7 +115,7 @@ def test_nothing_imports_in_circles():
 )
 def test_the_array_api_and_the_kernels_import_no_framework(module):
     outside = {target.partition(".")[0] for target in imports(module)}
-    assert outside - sys.stdlib_module_names <= {"fastsepconv", "numpy", "numba", "llvmlite"}
+    assert outside - sys.stdlib_module_names <= {"fastsepconv", "numpy", "numba", "llvmlite", "cuda"}
 
 
 def in_a_new_process(code: str, folder: Path) -> str:
@@ -195,9 +200,6 @@ def face(module: str) -> dict[str, list[str]]:
 
 @pytest.mark.parametrize("module", [f"fastsepconv.{backend.module}" for backend in dispatch.BACKENDS])
 def test_backends_offer_the_same_functions(module):
-    if module not in SOURCES:
-        assert module == "fastsepconv.kernels.cuda"
-        return
     assert face(module) == face("fastsepconv.kernels.cpu")
     operations = {
         f"{name}_{way}" for name in ("depthwise", "pointwise", "separable") for way in ("forward", "backward")
@@ -207,6 +209,21 @@ def test_backends_offer_the_same_functions(module):
 
 def test_cpu_and_cuda_have_a_file_for_each_operation():
     for backend in ("cpu", "cuda"):
-        if f"fastsepconv.kernels.{backend}" in SOURCES:
-            for operation in ("depthwise", "pointwise", "separable"):
-                assert f"fastsepconv.kernels.{backend}.{operation}" in SOURCES
+        for operation in ("depthwise", "pointwise", "separable"):
+            assert f"fastsepconv.kernels.{backend}.{operation}" in SOURCES
+            assert {"forward", "backward"} <= face(f"fastsepconv.kernels.{backend}.{operation}").keys()
+
+
+def test_the_cuda_kernels_load_only_when_asked_for(tmp_path):
+    code = """
+import sys
+import numpy as np
+import fastsepconv
+from fastsepconv import dispatch
+x, kernel = np.ones((1, 2, 2, 3), "f4"), np.ones((3, 2), "f4")
+fastsepconv.pointwise_conv2d(x, kernel)
+fastsepconv.pointwise_conv2d_grad(x, kernel, np.ones((1, 2, 2, 2), "f4"))
+dispatch.runnable(), dispatch.explain()
+print([name for name in sys.modules if name.startswith("fastsepconv.kernels.cuda") or name == "cuda.bindings"])
+"""
+    assert in_a_new_process(code, tmp_path) == "[]"

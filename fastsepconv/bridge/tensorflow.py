@@ -4,6 +4,9 @@ For eager code and graphs, differentiable to any order, with no copies: TensorFl
 package's. Where TensorFlow's C API cannot be had (or FASTSEPCONV_TF_BRIDGE=numpy_function), `tf.numpy_function` stands
 in, with a warning. To load a SavedModel that holds these ops, import this module first: that makes them known.
 
+The backend is that of `set_backend` when an operation runs, or when the graph that holds it is built. Backends other
+than the CPU's take the way of `tf.numpy_function` too; on "cuda" what TensorFlow holds is copied to the card and back.
+
 x is `[N,H,W,C]`, or `[N,C,H,W]` under "channels_first". Tensors, variables and arrays are taken; float16 and bfloat16
 are computed in float32.
 """
@@ -13,11 +16,13 @@ from __future__ import annotations
 import functools
 import os
 import warnings
+from collections.abc import Callable
 from types import ModuleType
 
 import tensorflow as tf
 
-from .. import checks
+from .. import checks, dispatch
+from ..kernels import cpu
 from ..kernels.cpu import threads
 from .static_shapes import window
 from .tensorflow_fork import refuse_in_child
@@ -102,7 +107,20 @@ def pointwise_conv2d(x, pointwise_kernel, bias=None, *, data_format="channels_la
 def status() -> dict[str, object]:
     """Which way tensors take into the kernels: `path` is "c-api" or "numpy_function", `reason` says why."""
     path, reason, _ = _implementation()
-    return {"path": path, "reason": reason, "tensorflow": tf.__version__}
+    backend = dispatch.explain().name
+    if backend != "cpu":
+        path, reason = "numpy_function", f"the {backend} backend is handed NumPy arrays"
+    return {"path": path, "reason": reason, "backend": backend, "tensorflow": tf.__version__}
+
+
+def _forward() -> Callable[..., tf.Tensor]:
+    """What computes an operation: the CPU's kernels by the way that was found, those of another backend on arrays."""
+    kernels = dispatch.kernels()
+    if kernels is cpu:
+        return _implementation()[2].forward
+    from . import tensorflow_numpy
+
+    return functools.partial(tensorflow_numpy.forward, kernels=kernels)
 
 
 def _convolve(kind: str, operands: dict, bias, attributes: tuple, data_format: str) -> tf.Tensor:
@@ -118,7 +136,7 @@ def _convolve(kind: str, operands: dict, bias, attributes: tuple, data_format: s
     if dtype in _HALF:
         tensors = [tf.cast(tensor, tf.float32) for tensor in tensors]
         bias = None if bias is None else tf.cast(bias, tf.float32)
-    y = _implementation()[2].forward(kind, tensors, bias, attributes)
+    y = _forward()(kind, tensors, bias, attributes)
     if dtype in _HALF:
         y = tf.cast(y, dtype)
     return tf.transpose(y, (0, 3, 1, 2)) if channels_first else y

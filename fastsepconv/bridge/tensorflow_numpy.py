@@ -1,13 +1,15 @@
-"""The operations through `tf.numpy_function`, for a TensorFlow whose C API cannot be had.
+"""The operations through `tf.numpy_function`: for a TensorFlow whose C API cannot be had, and for other backends.
 
-The same functions as in `tensorflow_ops`, differentiable to any order too. Slower: each call takes the GIL, and a
-graph that holds one can be neither saved nor sent elsewhere.
+The same functions as in `tensorflow_ops`, differentiable to any order too, on any module of kernels that has the
+functions of `kernels.cpu`. Slower: each call takes the GIL, and a graph that holds one can be neither saved nor sent
+elsewhere.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from types import ModuleType
 from typing import cast
 
 import numpy as np
@@ -22,7 +24,9 @@ from .static_shapes import by_name, output_shape, static_shape
 Attributes = tuple
 
 
-def forward(kind: str, operands: Sequence[tf.Tensor], bias: tf.Tensor | None, attributes: Attributes) -> tf.Tensor:
+def forward(
+    kind: str, operands: Sequence[tf.Tensor], bias: tf.Tensor | None, attributes: Attributes, kernels: ModuleType = cpu
+) -> tf.Tensor:
     """The operation on channels-last tensors of one dtype, float32 or float64."""
     named = by_name(attributes)
     count = len(operands)
@@ -32,13 +36,13 @@ def forward(kind: str, operands: Sequence[tf.Tensor], bias: tf.Tensor | None, at
     @tf.custom_gradient
     def operation(*inputs):
         y = tf.numpy_function(
-            lambda *arrays: _forward(kind, arrays[:count], arrays[count:], named),
+            lambda *arrays: _forward(kernels, kind, arrays[:count], arrays[count:], named),
             inputs, inputs[0].dtype, stateful=False,
         )  # fmt: skip
         y.set_shape(shape)
 
         def gradient(dy):
-            gradients = backward(kind, inputs[:count], dy, attributes, [True] * count + [len(inputs) > count])
+            gradients = backward(kind, inputs[:count], dy, attributes, [True] * count + [len(inputs) > count], kernels)
             return gradients[: len(inputs)]
 
         return y, gradient
@@ -47,7 +51,12 @@ def forward(kind: str, operands: Sequence[tf.Tensor], bias: tf.Tensor | None, at
 
 
 def backward(
-    kind: str, operands: Sequence[tf.Tensor], dy: tf.Tensor, attributes: Attributes, wanted: Sequence[bool]
+    kind: str,
+    operands: Sequence[tf.Tensor],
+    dy: tf.Tensor,
+    attributes: Attributes,
+    wanted: Sequence[bool],
+    kernels: ModuleType = cpu,
 ) -> list[tf.Tensor | None]:
     """The gradients of the operands and of the bias for the output's gradient dy; None for those not wanted."""
     named = by_name(attributes)
@@ -57,7 +66,7 @@ def backward(
     def operation(*inputs):
         *operands, dy = inputs
         gradients = tf.numpy_function(
-            lambda *arrays: _backward(kind, arrays[:-1], arrays[-1], named, wanted),
+            lambda *arrays: _backward(kernels, kind, arrays[:-1], arrays[-1], named, wanted),
             inputs, [dy.dtype] * len(chosen), stateful=False,
         )  # fmt: skip
         gradients = tf.nest.flatten(gradients)  # TensorFlow gives a single one without its list
@@ -69,8 +78,8 @@ def backward(
             for i, u in zip(chosen, upstream, strict=True):
                 given[i] = tf.broadcast_to(u, tf.shape(dy)) if i == len(operands) else u
             return gradient_of_gradient(
-                lambda operands: forward(kind, operands, None, attributes),
-                lambda operands, dy, wanted: backward(kind, operands, dy, attributes, wanted),
+                lambda operands: forward(kind, operands, None, attributes, kernels),
+                lambda operands, dy, wanted: backward(kind, operands, dy, attributes, wanted, kernels),
                 operands, dy, given, [True] * len(inputs),
             )  # fmt: skip
 
@@ -86,23 +95,30 @@ def _geometry(arrays: Sequence[np.ndarray], named: dict) -> Geometry:
     return resolve(arrays[0].shape, arrays[1].shape, named["strides"], padding, named["dilations"])
 
 
-def _forward(kind: str, arrays: Sequence[np.ndarray], bias: Sequence[np.ndarray], named: dict) -> np.ndarray:
+def _forward(
+    backend: ModuleType, kind: str, arrays: Sequence[np.ndarray], bias: Sequence[np.ndarray], named: dict
+) -> np.ndarray:
     x, *kernels = (np.ascontiguousarray(array) for array in arrays)
     added = np.ascontiguousarray(bias[0]) if bias else None
     shapes = [array.shape for array in (x, *kernels)]
     y = np.empty(cast(tuple[int, ...], output_shape(shapes, None if added is None else added.shape, named)), x.dtype)
     if kind == "Depthwise":
-        cpu.depthwise_forward(_geometry(arrays, named), x, *kernels, added, y)
+        backend.depthwise_forward(_geometry(arrays, named), x, *kernels, added, y)
     elif kind == "Separable":
         depthwise, pointwise = kernels
-        cpu.separable_forward(_geometry(arrays, named), x, depthwise, _matrix(pointwise), added, y)
+        backend.separable_forward(_geometry(arrays, named), x, depthwise, _matrix(pointwise), added, y)
     else:
-        cpu.pointwise_forward(_matrix(x), _matrix(kernels[0]), added, _matrix(y))
+        backend.pointwise_forward(_matrix(x), _matrix(kernels[0]), added, _matrix(y))
     return y
 
 
 def _backward(
-    kind: str, arrays: Sequence[np.ndarray], dy: np.ndarray, named: dict, wanted: Sequence[bool]
+    backend: ModuleType,
+    kind: str,
+    arrays: Sequence[np.ndarray],
+    dy: np.ndarray,
+    named: dict,
+    wanted: Sequence[bool],
 ) -> list[np.ndarray]:
     x, *kernels = (np.ascontiguousarray(array) for array in arrays)
     dy = np.ascontiguousarray(dy)
@@ -112,17 +128,17 @@ def _backward(
     shapes = [x.shape, *(k.shape for k in kernels), dy.shape[-1:]]
     gradients = [np.empty(shape, x.dtype) if want else None for shape, want in zip(shapes, wanted, strict=True)]
     if kind == "Depthwise":
-        cpu.depthwise_backward(_geometry(arrays, named), x, *kernels, dy, *gradients)
+        backend.depthwise_backward(_geometry(arrays, named), x, *kernels, dy, *gradients)
     elif kind == "Separable":
         depthwise, pointwise = kernels
         dx, d_depthwise, d_pointwise, d_bias = gradients
-        cpu.separable_backward(
+        backend.separable_backward(
             _geometry(arrays, named), x, depthwise, _matrix(pointwise), dy,
             dx, d_depthwise, _matrix(d_pointwise), d_bias,
         )  # fmt: skip
     else:
         dx, d_kernel, d_bias = gradients
-        cpu.pointwise_backward(_matrix(x), _matrix(kernels[0]), _matrix(dy), _matrix(dx), _matrix(d_kernel), d_bias)
+        backend.pointwise_backward(_matrix(x), _matrix(kernels[0]), _matrix(dy), _matrix(dx), _matrix(d_kernel), d_bias)
     return [gradient for gradient in gradients if gradient is not None]
 
 

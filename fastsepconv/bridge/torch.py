@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from .. import checks
+from .. import checks, dispatch
 from ..kernels.cpu import threads
 from . import torch_ops
 from .static_shapes import window
@@ -86,8 +86,8 @@ def pointwise_conv2d(x, pointwise_kernel, bias=None, *, data_format="channels_la
 
 
 def status() -> dict[str, object]:
-    """How tensors reach the kernels, and PyTorch's version."""
-    return {"path": "custom operators", "torch": torch.__version__}
+    """How tensors reach the kernels, the backend for those on the CPU, and PyTorch's version."""
+    return {"path": "custom operators", "backend": dispatch.explain().name, "torch": torch.__version__}
 
 
 def _convolve(kind: str, operands: dict, bias, attributes: dict, data_format: str) -> torch.Tensor:

@@ -1,20 +1,23 @@
 """PyTorch tensors to the kernels' addresses: what an operator does when it runs.
 
-Checks, memory and dtypes are the same on every device; `_DEVICES` says who computes on which. Memory for the results
-comes from PyTorch's own allocator, inputs are copied only where they are not contiguous or of a half type.
+Checks, memory and dtypes are the same on every device; `_DEVICES` says who computes on which. On the CPU it is the
+backend of `set_backend`; one that is not the CPU's own is handed arrays that share the tensors' memory. Memory for the
+results comes from PyTorch's own allocator; inputs are copied only where they are not contiguous or of a half type.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import prod
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from .. import checks, dispatch
+from ..kernels import cpu
 from ..kernels.cpu import depthwise, pointwise, separable, threads
 from .static_shapes import output_shape
 
@@ -149,6 +152,17 @@ def _on_cpu(kind: str, way: str, sizes: tuple, tensors: Sequence[Any]) -> None:
     getattr(_MODULES[kind], way)(scalar, *sizes, *addresses, *bounds, threads.get_num_threads())
 
 
+def _on_arrays(kernels: ModuleType, kind: str, way: str, sizes: tuple, tensors: Sequence[Any]) -> None:
+    """The same by the functions of a backend's module, which take arrays, and pointwise kernels as matrices."""
+    arrays: list[Any] = [None if tensor is None else tensor.numpy() for tensor in tensors]
+    matrices = {"depthwise": (), "separable": (2, 6), "pointwise": tuple(range(len(arrays)))}
+    for i in matrices[kind]:  # the pointwise kernel and its gradient; of a pointwise convolution all but the bias
+        if i < len(arrays) and arrays[i] is not None and arrays[i].ndim > 1:
+            arrays[i] = arrays[i].reshape(prod(arrays[i].shape[:-1]), arrays[i].shape[-1])
+    geometry = () if kind == "pointwise" else sizes[:1]
+    getattr(kernels, f"{kind}_{way}")(*geometry, *arrays)
+
+
 _IN_FLOAT32 = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 _DEVICES = {"cpu": Device(_IN_FLOAT32, _on_cpu)}
 
@@ -160,6 +174,9 @@ def _kernels_on(device: torch.device) -> Device:
         RuntimeError: nothing does; the message says what is missing.
     """
     if device.type in _DEVICES:
+        kernels = dispatch.kernels()
+        if device.type == "cpu" and kernels is not cpu:
+            return Device(_IN_FLOAT32, partial(_on_arrays, kernels))
         return _DEVICES[device.type]
     missing: str | None = "there are kernels for the CPU and for CUDA only"
     if device.type == "cuda":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import importlib.metadata
 import importlib.util
 import json
@@ -94,7 +93,8 @@ def _threads() -> Finding:
 
     threads.ensure_started()
     found = threads.describe()
-    text = f"{found['layer']}, {found['threads']} of its {found['pool']} threads"
+    name = "the package's own pool" if found["layer"] == threads.OWN else found["layer"]
+    text = f"{name}, {found['threads']} of its {found['pool']} threads"
     if found["layer"] == "workqueue":
         better = "pip install tbb" if _pip_has_tbb() else "install an OpenMP library (libgomp1 on Debian and Ubuntu)"
         return Finding(NOTE, f"{text}, by one call at a time; others run on one thread", better, found)
@@ -165,7 +165,7 @@ def _tensorflow() -> Finding:
 
     found = bridge.status()
     text = f"TensorFlow {found['tensorflow']} and Keras {_version('keras')} reach the kernels by {found['path']}"
-    if found["path"] == "c-api":
+    if found["path"] == "c-api" or found["backend"] != "cpu":
         return Finding(WELL, f"{text}: {found['reason']}", details=found)
     if os.environ.get(bridge.MODE_VARIABLE) == found["path"]:
         return Finding(NOTE, f"{text}: {found['reason']}", f"it is slower; unset {bridge.MODE_VARIABLE}", found)
@@ -182,41 +182,21 @@ def _torch() -> Finding:
 
 
 def _cuda() -> Finding:
-    driver, cards = _nvidia()
-    numba_cuda = _version("numba-cuda")
-    has_kernels = importlib.util.find_spec("fastsepconv.kernels.cuda") is not None
-    details = {"driver": driver, "cards": cards, "numba_cuda": numba_cuda, "kernels": has_kernels}
-    sentences = [
-        "fastsepconv has CUDA kernels" if has_kernels else "this version of fastsepconv has no CUDA kernels",
-        f"numba-cuda {numba_cuda} is installed" if numba_cuda else "numba-cuda is not installed",
-        f"driver: {driver}",
-        f"card: {', '.join(cards)}" if cards else "no card is seen",
-    ]
-    text = "; ".join(sentences)
-    if not has_kernels or not cards:
-        return Finding(WELL, text, details=details)
-    if not numba_cuda:
-        return Finding(NOTE, text, "pip install 'fastsepconv[cuda]' to use the card", details)
+    from fastsepconv.kernels import nvidia
+
+    driver, cards = nvidia.look()
+    numba_cuda, obstacle = _version("numba-cuda"), nvidia.obstacle()
+    details = {"driver": driver, "cards": [card.name for card in cards], "numba_cuda": numba_cuda, "obstacle": obstacle}
+    if obstacle is None:
+        from fastsepconv.kernels.cuda import tiers
+
+        details["tiers"] = tiers.explain()
+        where = "Numba's simulator" if nvidia.is_simulated() else ", ".join(map(str, cards))
+        return Finding(WELL, f"{where}, driver {driver}, numba-cuda {numba_cuda}; {tiers.explain()}", details=details)
+    text = f"cannot run here: {obstacle}"
+    if cards and not numba_cuda:
+        return Finding(NOTE, text, "pip install 'fastsepconv[cuda13]' to use the card", details)
     return Finding(WELL, text, details=details)
-
-
-def _nvidia() -> tuple[str, list[str]]:
-    """A word on the NVIDIA driver, and the names of the cards that it offers."""
-    try:
-        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-    except OSError:
-        return "none", []
-    error = driver.cuInit(0)
-    if error:
-        return ("there, without a card" if error == 100 else f"cuInit fails with error {error}"), []
-    version, count, name = ctypes.c_int(), ctypes.c_int(), ctypes.create_string_buffer(100)
-    driver.cuDriverGetVersion(ctypes.byref(version))
-    driver.cuDeviceGetCount(ctypes.byref(count))
-    cards = []
-    for device in range(count.value):
-        driver.cuDeviceGetName(name, len(name), device)
-        cards.append(name.value.decode(errors="replace"))
-    return f"for CUDA {version.value // 1000}.{version.value % 1000 // 10}", cards
 
 
 CHECKS: dict[str, Callable[[], Finding]] = {

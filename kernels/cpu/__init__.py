@@ -22,30 +22,35 @@ def _scalar_type(array: np.ndarray) -> type[np.floating]:
     return array.dtype.type
 
 
+def _threads() -> int:
+    threads.ensure_started()
+    return threads.get_num_threads()
+
+
 def depthwise_forward(g: Geometry, x, kernel, bias, out, clamp=UNBOUNDED) -> None:
     """Fills out `[N,P,Q,C*M]` from x `[N,H,W,C]`, kernel `[R,S,C,M]`, bias `[C*M]` or None."""
     dtype = _scalar_type(out)
     arrays = map(_address, (x, kernel, bias, out))
-    depthwise.forward(dtype, g, *arrays, *map(dtype, clamp), threads.get_num_threads())
+    depthwise.forward(dtype, g, *arrays, *map(dtype, clamp), _threads())
 
 
 def depthwise_backward(g: Geometry, x, kernel, dy, dx, d_kernel, d_bias) -> None:
     """Fills dx, d_kernel and d_bias, each unless None, from dy `[N,P,Q,C*M]`."""
     arrays = map(_address, (x, kernel, dy, dx, d_kernel, d_bias))
-    depthwise.backward(_scalar_type(dy), g, *arrays, threads.get_num_threads())
+    depthwise.backward(_scalar_type(dy), g, *arrays, _threads())
 
 
 def pointwise_forward(x, kernel, bias, out, clamp=UNBOUNDED) -> None:
     """Fills out `[rows,F]` from x `[rows,K]`, kernel `[K,F]`, bias `[F]` or None."""
     dtype = _scalar_type(out)
     arrays = map(_address, (x, kernel, bias, out))
-    pointwise.forward(dtype, x.shape[0], *kernel.shape, *arrays, *map(dtype, clamp), threads.get_num_threads())
+    pointwise.forward(dtype, x.shape[0], *kernel.shape, *arrays, *map(dtype, clamp), _threads())
 
 
 def pointwise_backward(x, kernel, dy, dx, d_kernel, d_bias) -> None:
     """Fills dx, d_kernel and d_bias, each unless None, from dy `[rows,F]`."""
     arrays = map(_address, (x, kernel, dy, dx, d_kernel, d_bias))
-    pointwise.backward(_scalar_type(dy), x.shape[0], *kernel.shape, *arrays, threads.get_num_threads())
+    pointwise.backward(_scalar_type(dy), x.shape[0], *kernel.shape, *arrays, _threads())
 
 
 def separable_forward(g: Geometry, x, depthwise_kernel, pointwise_kernel, bias, out, clamp=UNBOUNDED) -> None:
@@ -53,7 +58,7 @@ def separable_forward(g: Geometry, x, depthwise_kernel, pointwise_kernel, bias, 
     dtype = _scalar_type(out)
     arrays = map(_address, (x, depthwise_kernel, pointwise_kernel, bias, out))
     filters = pointwise_kernel.shape[1]
-    separable.forward(dtype, g, filters, *arrays, *map(dtype, clamp), threads.get_num_threads())
+    separable.forward(dtype, g, filters, *arrays, *map(dtype, clamp), _threads())
 
 
 def separable_backward(
@@ -62,4 +67,4 @@ def separable_backward(
     """Fills dx, d_depthwise, d_pointwise and d_bias, each unless None, from dy `[N,P,Q,F]`."""
     arrays = map(_address, (x, depthwise_kernel, pointwise_kernel, dy, dx, d_depthwise, d_pointwise, d_bias))
     filters = pointwise_kernel.shape[1]
-    separable.backward(_scalar_type(dy), g, filters, *arrays, threads.get_num_threads())
+    separable.backward(_scalar_type(dy), g, filters, *arrays, _threads())

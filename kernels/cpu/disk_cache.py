@@ -21,7 +21,6 @@ import pickle
 import platform
 import re
 import shutil
-import sys
 import tempfile
 import time
 import uuid
@@ -43,9 +42,9 @@ from numba.core.dispatcher import Dispatcher
 from numba.core.extending import _Intrinsic
 from numba.core.serialize import dumps
 
-from . import threads
+from .. import cache_folder
 
-FOLDER_VARIABLE = "FASTSEPCONV_CACHE_DIR"
+FOLDER_VARIABLE = cache_folder.VARIABLE
 _TILE_VARIABLE = "FASTSEPCONV_TILE"
 _MAGIC = b"fastsepconv kernel 1\n"
 _DIGEST_SIZE = 16
@@ -90,7 +89,6 @@ class DiskCache(_Cache):
 
     def load_overload(self, sig: object, target_context: BaseContext) -> CompileResult | None:
         """The compiled function for `sig`, or None where it must be compiled."""
-        threads.ensure_started()  # machine code is linked as it is loaded, and crashes at its first call without a pool
         target_context.refresh()
         file = self._file(sig, target_context.codegen())
         result = _load(file, target_context) if file else None
@@ -140,21 +138,9 @@ def with_lasting_name(function: Callable) -> Callable:
 
 
 def root() -> Path | None:
-    """The folder of all that is kept: FASTSEPCONV_CACHE_DIR, or the platform's place for caches.
-
-    Whoever can write there can run code in this process, as with any cache of machine code.
-    """
-    with contextlib.suppress(RuntimeError):  # a user without a home
-        if os.environ.get(FOLDER_VARIABLE):
-            base = Path(os.environ[FOLDER_VARIABLE]).expanduser()
-        elif sys.platform == "win32":
-            base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "fastsepconv"
-        elif sys.platform == "darwin":
-            base = Path.home() / "Library" / "Caches" / "fastsepconv"
-        else:
-            base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastsepconv"
-        return base.absolute() / "jit"
-    return None
+    """The folder of all that is kept for the CPU; None where nothing can be."""
+    base = cache_folder.root()
+    return base / "jit" if base else None
 
 
 def state() -> dict[str, object]:

@@ -7,7 +7,8 @@
 
 Why not `prange`: each share is compiled once for a dtype and called by address, so that no caller, and no caller's
 caller, compiles its vector code again; two loops in a row are never fused into one; and nothing is taken for dead
-because an address hides who reads it. The pool is Numba's own, called as Numba's generated code calls it.
+because an address hides who reads it. The pool is the package's own or one of Numba's, called as Numba's generated
+code calls it.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ from numba.extending import intrinsic
 
 from ..geometry import Geometry
 from . import threads
+from .atomics import WORD, external_word
 from .jit import Callback
 
-_WORD = ir.IntType(64)
 _BYTES = ir.IntType(8).as_pointer()
 _GEOMETRY = typeof(Geometry(*[0] * len(Geometry._fields)))
 _DTYPES = {types.float32: np.float32, types.float64: np.float64}
@@ -84,9 +85,13 @@ def _register(function: Callable, scalar: types.Float, names: list[str]) -> None
 
 @ctypes.CFUNCTYPE(None, ctypes.c_char_p)
 def _compile_share(name: bytes) -> None:
-    """Compile the share of that name and fill its cell, or leave it 0 where that fails or is interrupted."""
+    """Compile the share of that name and fill its cell, or leave it 0 where that fails or is interrupted.
+
+    Every process does so once before it runs the share, and sees to it that there is a pool.
+    """
     cell, callback = _shares[name]
     try:
+        threads.ensure_started()
         cell[0] = callback.address
     except Exception:  # the caller is compiled code, through which no Python exception passes: it raises its own
         traceback.print_exc()
@@ -108,19 +113,21 @@ def _emit_run(context, builder, name: str, argument_types: list[types.Type], val
 
     # the pool's protocol is that of NumPy's generalised ufuncs: argument i of worker w stands at args[i] + w*steps[i]
     arguments = _emit_array(builder, _BYTES, [ir.Constant(_BYTES, None), builder.bitcast(packed, _BYTES)])
-    counts = _emit_array(builder, _WORD, [workers])
-    steps = _emit_array(builder, _WORD, [_WORD(1), _WORD(0)])
+    counts = _emit_array(builder, WORD, [workers])
+    steps = _emit_array(builder, WORD, [WORD(1), WORD(0)])
     protocol = [builder.bitcast(pointer, _BYTES) for pointer in (arguments, counts, steps)]
     no_data = ir.Constant(_BYTES, None)
     mode = _emit_enter_pool(builder, workers)
-    with builder.if_else(builder.icmp_signed("!=", mode, _WORD(threads.SERIAL))) as (then, otherwise):
+    with builder.if_else(builder.icmp_signed("!=", mode, WORD(threads.SERIAL))) as (then, otherwise):
         with then:
-            pool = _external(builder, "numba_parallel_for", ir.VoidType(), [_BYTES] * 5 + [_WORD] * 3)
+            run_type = ir.FunctionType(ir.VoidType(), [_BYTES] * 5 + [WORD] * 3)
+            run = builder.load_atomic(_pool_cell(builder, threads.RUN), "acquire", 8)
+            run = builder.inttoptr(run, run_type.as_pointer())
             most = builder.load_atomic(_pool_cell(builder, threads.COUNT), "monotonic", 8)
             fewer = builder.select(builder.icmp_signed("<", workers, most), workers, most)
-            builder.call(pool, [builder.bitcast(entry, _BYTES), *protocol, no_data, _WORD(0), _WORD(2), fewer])
-            with builder.if_then(builder.icmp_signed("==", mode, _WORD(threads.EXCLUSIVE))):
-                builder.store_atomic(_WORD(0), _pool_cell(builder, threads.BUSY), "release", 8)
+            builder.call(run, [builder.bitcast(entry, _BYTES), *protocol, no_data, WORD(0), WORD(2), fewer])
+            with builder.if_then(builder.icmp_signed("==", mode, WORD(threads.EXCLUSIVE))):
+                builder.store_atomic(WORD(0), _pool_cell(builder, threads.BUSY), "release", 8)
         with otherwise:
             builder.call(entry, [*protocol, no_data])
 
@@ -128,36 +135,29 @@ def _emit_run(context, builder, name: str, argument_types: list[types.Type], val
 def _emit_enter_pool(builder, workers):
     """How this call may use the pool: one worker never, others as its mode says, an exclusive one only if free."""
     wanted = builder.load_atomic(_pool_cell(builder, threads.MODE), "acquire", 8)
-    wanted = builder.select(builder.icmp_signed(">", workers, _WORD(1)), wanted, _WORD(threads.SERIAL))
+    wanted = builder.select(builder.icmp_signed(">", workers, WORD(1)), wanted, WORD(threads.SERIAL))
     mode = cgutils.alloca_once_value(builder, wanted)
-    with builder.if_then(builder.icmp_signed("==", wanted, _WORD(threads.EXCLUSIVE))):
+    with builder.if_then(builder.icmp_signed("==", wanted, WORD(threads.EXCLUSIVE))):
         busy = _pool_cell(builder, threads.BUSY)
-        found = builder.extract_value(builder.cmpxchg(busy, _WORD(0), _WORD(1), "acq_rel", "acquire"), 1)
-        builder.store(builder.select(found, wanted, _WORD(threads.SERIAL)), mode)
+        found = builder.extract_value(builder.cmpxchg(busy, WORD(0), WORD(1), "acq_rel", "acquire"), 1)
+        builder.store(builder.select(found, wanted, WORD(threads.SERIAL)), mode)
     return builder.load(mode)
 
 
 def _pool_cell(builder, number: int):
-    return builder.gep(_external_word(builder, threads.CELLS_SYMBOL), [_WORD(number)])
-
-
-def _external_word(builder, name: str):
-    """A word of this process, known to compiled code by name, so that the code can be kept on the disk."""
-    word = builder.module.globals.get(name) or ir.GlobalVariable(builder.module, _WORD, name)
-    word.linkage = "external"
-    return word
+    return builder.gep(external_word(builder, threads.CELLS_SYMBOL), [WORD(number)])
 
 
 def _emit_address(context, builder, name: str):
     """The share's address, from its cell; at the very first call the share is compiled."""
-    address = cgutils.alloca_once(builder, _WORD)
-    builder.store(builder.load_atomic(_external_word(builder, name), "acquire", 8), address)
-    with builder.if_then(builder.icmp_signed("==", builder.load(address), _WORD(0)), likely=False):
+    address = cgutils.alloca_once(builder, WORD)
+    builder.store(builder.load_atomic(external_word(builder, name), "acquire", 8), address)
+    with builder.if_then(builder.icmp_signed("==", builder.load(address), WORD(0)), likely=False):
         compile_share = _external(builder, "fastsepconv_compile_share", ir.VoidType(), [_BYTES])
         text = context.insert_const_string(builder.module, name)
         builder.call(compile_share, [builder.bitcast(text, _BYTES)])
-        builder.store(builder.load_atomic(_external_word(builder, name), "acquire", 8), address)
-        with builder.if_then(builder.icmp_signed("==", builder.load(address), _WORD(0)), likely=False):
+        builder.store(builder.load_atomic(external_word(builder, name), "acquire", 8), address)
+        with builder.if_then(builder.icmp_signed("==", builder.load(address), WORD(0)), likely=False):
             context.call_conv.return_user_exc(builder, RuntimeError, (f"{name} could not be compiled",))
     return builder.load(address)
 
@@ -169,9 +169,9 @@ def _emit_entry(context, module, name: str, argument_types: list[types.Type], pa
     entry.linkage = "internal"
     builder = ir.IRBuilder(entry.append_basic_block())
     args = builder.bitcast(entry.args[0], _BYTES.as_pointer())
-    first = builder.ptrtoint(builder.load(args), _WORD)
-    packed = builder.bitcast(builder.load(builder.gep(args, [_WORD(1)])), packed_type.as_pointer())
-    count = builder.load(builder.bitcast(entry.args[1], _WORD.as_pointer()))
+    first = builder.ptrtoint(builder.load(args), WORD)
+    packed = builder.bitcast(builder.load(builder.gep(args, [WORD(1)])), packed_type.as_pointer())
+    count = builder.load(builder.bitcast(entry.args[1], WORD.as_pointer()))
     share, workers, dtype, *rest = (
         builder.load(cgutils.gep_inbounds(builder, packed, 0, i)) for i in range(len(packed_type.elements))
     )
@@ -184,9 +184,9 @@ def _emit_entry(context, module, name: str, argument_types: list[types.Type], pa
 
 
 def _emit_array(builder, element, values):
-    array = cgutils.alloca_once(builder, element, size=_WORD(len(values)))
+    array = cgutils.alloca_once(builder, element, size=WORD(len(values)))
     for i, value in enumerate(values):
-        builder.store(value, builder.gep(array, [_WORD(i)]))
+        builder.store(value, builder.gep(array, [WORD(i)]))
     return array
 
 

@@ -11,10 +11,10 @@ import ctypes
 
 import llvmlite.binding as llvm
 import numpy as np
-from llvmlite import ir
 from numba.core import types
-from numba.extending import intrinsic
 
+from . import atomics
+from .atomics import WORD_SIZE
 from .jit import kernel
 from .simd import CACHE_LINE
 
@@ -22,10 +22,9 @@ SHELF_PLACES = 64
 LARGEST_KEPT = 32 << 20  # bytes: a larger block is freed at once
 NO_MEMORY = "no memory for a kernel's scratch space"
 _HEADER = CACHE_LINE  # before the block: [the address that malloc gave, the block's size in bytes]
-_WORD = ir.IntType(64)
 
 _shelf = (ctypes.c_int64 * SHELF_PLACES)()
-llvm.add_symbol("fastsepconv_shelf", ctypes.addressof(_shelf))
+_shelf_address = atomics.named_memory("fastsepconv_shelf", _shelf)
 for _name in ("malloc", "free"):  # Python's names for the C library's, safe in any thread without the GIL
     _function = getattr(ctypes.pythonapi, f"PyMem_Raw{_name.capitalize()}")
     llvm.add_symbol(f"fastsepconv_{_name}", ctypes.cast(_function, ctypes.c_void_p).value)
@@ -42,18 +41,18 @@ def try_take(dtype, length):
     """
     size = length * np.empty(0, dtype).itemsize
     for place in range(SHELF_PLACES):
-        block = _exchange(place, 0)
+        block = atomics.exchange(_place(place), 0)
         if block != 0:
-            if _load(block - _HEADER + 8) >= size:
+            if atomics.load(block - _HEADER + WORD_SIZE) >= size:
                 return block
-            _free(_load(block - _HEADER))  # too small now: the shelf forgets it for the larger one
+            _free(atomics.load(block - _HEADER))  # too small now: the shelf forgets it for the larger one
             break
     start = _malloc(size + 2 * CACHE_LINE + _HEADER)
     if start == 0:
         return 0
     block = (start + _HEADER + CACHE_LINE - 1) // CACHE_LINE * CACHE_LINE
-    _store(block - _HEADER, start)
-    _store(block - _HEADER + 8, size)
+    atomics.store(block - _HEADER, start)
+    atomics.store(block - _HEADER + WORD_SIZE, size)
     return block
 
 
@@ -75,7 +74,7 @@ def take_in_share(dtype, length, lacking):
     """As `try_take`, for a share of parallel work, through which no exception passes: it sets the word at `lacking`."""
     block = try_take(dtype, length)
     if block == 0:
-        _store(lacking, 1)
+        atomics.store(lacking, 1)
     return block
 
 
@@ -93,56 +92,13 @@ def require(lacking):
 @kernel
 def give(block):
     """Returns what `take` gave."""
-    if _load(block - _HEADER + 8) <= LARGEST_KEPT:
+    if atomics.load(block - _HEADER + WORD_SIZE) <= LARGEST_KEPT:
         for place in range(SHELF_PLACES):
-            if _put_where_empty(place, block):
+            if atomics.replace(_place(place), 0, block):
                 return
-    _free(_load(block - _HEADER))
+    _free(atomics.load(block - _HEADER))
 
 
-def _place(builder, number):
-    shelf = builder.module.globals.get("fastsepconv_shelf") or ir.GlobalVariable(
-        builder.module, _WORD, "fastsepconv_shelf"
-    )
-    shelf.linkage = "external"
-    return builder.gep(shelf, [number])
-
-
-@intrinsic
-def _exchange(typing_context, place, block):
-    """Puts `block` in a place of the shelf and returns what was there."""
-
-    def codegen(context, builder, signature, arguments):
-        place, block = arguments
-        return builder.atomic_rmw("xchg", _place(builder, place), block, "acq_rel")
-
-    return types.intp(types.intp, types.intp), codegen
-
-
-@intrinsic
-def _put_where_empty(typing_context, place, block):
-    """Puts `block` in a place of the shelf if that is empty, and says whether it was."""
-
-    def codegen(context, builder, signature, arguments):
-        place, block = arguments
-        result = builder.cmpxchg(_place(builder, place), _WORD(0), block, "acq_rel", "monotonic")
-        return builder.extract_value(result, 1)
-
-    return types.boolean(types.intp, types.intp), codegen
-
-
-@intrinsic
-def _load(typing_context, address):
-    def codegen(context, builder, signature, arguments):
-        return builder.load(builder.inttoptr(arguments[0], _WORD.as_pointer()))
-
-    return types.intp(types.intp), codegen
-
-
-@intrinsic
-def _store(typing_context, address, value):
-    def codegen(context, builder, signature, arguments):
-        builder.store(arguments[1], builder.inttoptr(arguments[0], _WORD.as_pointer()))
-        return context.get_dummy_value()
-
-    return types.void(types.intp, types.intp), codegen
+@kernel
+def _place(number):
+    return _shelf_address() + number * WORD_SIZE

@@ -1,6 +1,8 @@
 """The threads that the kernels run on: which pool, how many, and what a forked child may do.
 
-Numba offers three pools and takes the first that loads. They differ where it matters here, so the choice is prepared:
+own        The package's own, see `workers`: on Linux the first choice.
+
+Numba offers three more and takes the first that loads. They differ where it matters here, so the choice is prepared:
 
 tbb        Thread-safe, and its idle threads sleep. pip puts its library into the environment's lib folder, where no
            loader looks, so it is loaded here by path before Numba asks for it.
@@ -8,10 +10,10 @@ omp        Thread-safe. Its idle threads would spin and slow whatever runs next,
            let them sleep.
 workqueue  Always there. It aborts the process when two threads call at once: one that finds it busy runs alone.
 
-A child forked after the pool was started runs on one thread: GNU OpenMP kills a child that calls it, and TBB hangs
-there now and then if another thread was using it. A child forked before gets a pool of its own.
+A child forked after the pool was started runs on one thread: it has not inherited the others, GNU OpenMP kills a child
+that calls it, and TBB hangs there now and then if another thread was using it. A child forked before gets a pool.
 
-A choice of the user's own (NUMBA_THREADING_LAYER, NUMBA_THREADING_LAYER_PRIORITY) is followed.
+A choice of the user's (NUMBA_THREADING_LAYER, NUMBA_THREADING_LAYER_PRIORITY) is followed.
 """
 
 from __future__ import annotations
@@ -28,32 +30,37 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import llvmlite.binding
-import llvmlite.ir
 import numba
 from numba.core import types
 from numba.core.compiler_lock import global_compiler_lock
 from numba.extending import intrinsic
 from numba.np.ufunc import parallel
 
+from . import workers
+from .atomics import WORD, WORD_SIZE, external_word
+
 NUM_THREADS_VARIABLE = "FASTSEPCONV_NUM_THREADS"
+OWN = "own"
 CELLS_SYMBOL = "fastsepconv_pool"  # the name by which compiled code knows the cells below
-COUNT, MODE, BUSY = 0, 1, 2  # cell numbers
+COUNT, MODE, BUSY, RUN = 0, 1, 2, 3  # cell numbers; RUN holds the address of the function that does parallel work
 SERIAL, SHARED, EXCLUSIVE = 0, 1, 2  # how the pool may be used: not at all, by any thread, by one thread at a time
+_PRIORITY_VARIABLE = "NUMBA_THREADING_LAYER_PRIORITY"
 _TBB_LIBRARY = {"linux": "libtbb.so.12", "win32": "tbb12.dll", "darwin": "libtbb.12.dylib"}
 
 # What compiled code reads, in any thread, whatever module it lies in.
-_cells = (ctypes.c_int64 * 3)(0, SERIAL, 0)
-_started = False
+_cells = (ctypes.c_int64 * 4)(0, SERIAL, 0, 0)
 _pool_was_forked = False
 llvmlite.binding.add_symbol(CELLS_SYMBOL, ctypes.addressof(_cells))
 
 
 def layer() -> str:
-    """The pool in use, or the one that will be: "tbb", "omp" or "workqueue". Starts no thread.
+    """The pool in use, or the one that will be: "own", "tbb", "omp" or "workqueue". Starts no thread.
 
     Raises:
         RuntimeError: the pool that NUMBA_THREADING_LAYER asks for is not there.
     """
+    if _own_pool_is_wanted():
+        return OWN
     return numba.threading_layer() if parallel._is_initialized else _available_layer()
 
 
@@ -82,31 +89,35 @@ def set_num_threads(n: int) -> None:
 
 
 def ensure_started() -> None:
-    """Start the pool. Needed before machine code is loaded from the disk.
+    """Start the pool, if it is not started yet.
 
     Raises:
         ValueError, RuntimeError: as `get_num_threads` and `layer`.
     """
-    global _started
     get_num_threads()
-    if _started:
+    if _cells[RUN] != 0:
         return
     with global_compiler_lock:
-        if not _started:
-            layer()
-            parallel._launch_threads()
+        if _cells[RUN] == 0:
+            _cells[RUN] = _start()
             _cells[MODE] = _mode()
-            _started = True
+
+
+def _start() -> int:
+    """Start the pool and return the address of its function for parallel work."""
+    if layer() == OWN:
+        return workers.start(numba.config.NUMBA_NUM_THREADS - 1)
+    parallel._launch_threads()
+    return llvmlite.binding.address_of_symbol("numba_parallel_for")
 
 
 @intrinsic
 def current(typing_context):
-    """`get_num_threads()` for compiled code."""
+    """`get_num_threads()` for compiled code; 1 before the pool is started."""
 
     def codegen(context, builder, signature, arguments):
-        cells = builder.module.globals.get(CELLS_SYMBOL)
-        cells = cells or llvmlite.ir.GlobalVariable(builder.module, llvmlite.ir.IntType(64), CELLS_SYMBOL)
-        return builder.load_atomic(cells, "monotonic", 8)
+        count = builder.load_atomic(external_word(builder, CELLS_SYMBOL), "monotonic", WORD_SIZE)
+        return builder.select(builder.icmp_signed(">", count, WORD(1)), count, WORD(1))
 
     return types.int64(), codegen
 
@@ -116,12 +127,18 @@ def describe() -> dict[str, object]:
     return {
         "layer": layer(),
         "asked_for": str(numba.config.THREADING_LAYER),
-        "started": bool(parallel._is_initialized),
+        "started": _cells[RUN] != 0,
         "threads": get_num_threads(),
         "forked": _pool_was_forked,
         "pool": numba.config.NUMBA_NUM_THREADS,
         "idle_threads_spin": layer() == "omp" and os.environ.get("OMP_WAIT_POLICY", "").lower() == "active",
     }
+
+
+def _own_pool_is_wanted() -> bool:
+    """Whether the user has chosen no other, in the environment or in `numba.config`."""
+    chosen = numba.config.THREADING_LAYER != "default" or _PRIORITY_VARIABLE in os.environ
+    return workers.available() and not chosen
 
 
 def _mode() -> int:
@@ -210,7 +227,7 @@ def _after_fork() -> None:
 def _after_fork_in_child() -> None:
     global _pool_was_forked
     _after_fork()
-    if parallel._is_initialized:
+    if _cells[RUN] != 0 or (parallel._is_initialized and layer() != OWN):
         _pool_was_forked = True
         _cells[MODE] = SERIAL
 

@@ -183,7 +183,13 @@ print(*codes, sep="")
 
 
 @pytest.mark.parametrize(
-    ("layer", "when", "codes"), [("tbb", "before", "000000"), ("tbb", "after", "333300"), ("omp", "after", "333300")]
+    ("layer", "when", "codes"),
+    [
+        ("default", "before", "000000"),
+        ("default", "after", "333300"),
+        ("tbb", "after", "333300"),
+        ("omp", "after", "333300"),
+    ],
 )
 def test_forked_child_works_or_says_why_not(layer, when, codes):
     """Before TensorFlow started its threads all works; after that its functions raise, and those of arrays work."""
@@ -210,7 +216,7 @@ print(len(wrong))
 """
 
 
-@pytest.mark.parametrize("layer", ["omp", "workqueue"])
+@pytest.mark.parametrize("layer", ["tbb", "omp", "workqueue"])
 def test_many_threads_on_the_other_pools(layer):
     assert run(THREADS, NUMBA_THREADING_LAYER=layer) == "0\n"
 

@@ -125,6 +125,23 @@ def test_only_the_gradients_that_are_wanted_are_computed(rng, monkeypatch, wante
     assert [tensor is not None for tensor in tensors[4:]] == [i == wanted for i in range(4)]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_runs_on_the_backend_that_was_set(rng, monkeypatch, kind):
+    from fastsepconv import dispatch, formulas
+
+    used = []
+    for way in ("forward", "backward"):
+        function = getattr(formulas, f"{kind}_{way}")
+        monkeypatch.setattr(formulas, f"{kind}_{way}", lambda *a, way=way, f=function: (used.append(way), f(*a)))
+    monkeypatch.setattr(dispatch, "_chosen", "reference")
+    inputs = operands(rng, kind, (2, 6, 7, 5), (3, 3), 2, 6)
+    y, ours = gradients(KINDS[kind], inputs)
+    true_y, true = gradients(lambda *t: convolve(kind, t[:-1], t[-1]), inputs)
+    assert used == ["forward", "backward"] and bridge.status()["backend"] == "reference"
+    for ours_tensor, true_tensor in zip([y, *ours], [true_y, *true], strict=True):
+        assert_close("tensor", array(ours_tensor), array(true_tensor))
+
+
 def test_without_bias(rng):
     *inputs, _ = operands(rng, "separable", *WINDOWS["same"][:-1])
     y, ours = gradients(lambda *t: bridge.separable_conv2d(*t, padding="same"), inputs)

@@ -10,6 +10,8 @@ import sys
 import pytest
 
 from fastsepconv.cli import doctor, main
+from fastsepconv.kernels import nvidia
+from fastsepconv.kernels.nvidia import Card
 
 HIDE_TENSORFLOW = "sys.modules.update(tensorflow=None, keras=None)"
 NAMES = ["processor", "threads", "cache", "kernels", "backend", "tensorflow", "torch", "cuda"]
@@ -29,7 +31,7 @@ def test_a_well_machine_in_json(capsys):
     assert document["well"] is True
     assert list(document["checks"]) == NAMES
     assert document["checks"]["kernels"]["details"]["relative_error"] < 1e-5
-    assert document["checks"]["threads"]["details"]["layer"] in ("tbb", "omp", "workqueue")
+    assert document["checks"]["threads"]["details"]["layer"] in ("own", "tbb", "omp", "workqueue")
     assert document["checks"]["tensorflow"]["details"]["path"] in ("c-api", "numpy_function")
     assert document["versions"]["numba"]
 
@@ -92,43 +94,31 @@ def test_a_kernel_that_computes_wrongly_is_an_illness(monkeypatch, capsys):
     assert out.splitlines()[-1] == "Not well: kernels."
 
 
-class Driver:
-    """Stands for NVIDIA's driver library."""
-
-    def __init__(self, error=0, cards=("A card",)):
-        self.error, self.cards = error, cards
-
-    def cuInit(self, flags):
-        return self.error
-
-    def cuDriverGetVersion(self, version):
-        version._obj.value = 13020
-
-    def cuDeviceGetCount(self, count):
-        count._obj.value = len(self.cards)
-
-    def cuDeviceGetName(self, name, length, device):
-        name.value = self.cards[device].encode()
-
-
 @pytest.mark.parametrize(
-    ("driver", "expected"),
+    ("obstacle", "cards", "installed", "state", "said"),
     [
-        (Driver(), ("for CUDA 13.2", ["A card"])),
-        (Driver(cards=("One", "Two")), ("for CUDA 13.2", ["One", "Two"])),
-        (Driver(error=100), ("there, without a card", [])),
-        (Driver(error=3), ("cuInit fails with error 3", [])),
-        (OSError("no such library"), ("none", [])),
+        ("there is no NVIDIA driver (libcuda cannot be loaded)", [], True, "ok", "cannot run here: there is no NVIDIA"),
+        ("numba-cuda is not installed", [Card("A card", (9, 0))], False, "note", "numba-cuda is not installed"),
+        ("the card, Old (5.2), is too old", [Card("Old", (5, 2))], True, "ok", "cannot run here: the card, Old (5.2)"),
     ],
 )
-def test_driver_and_cards_are_told(monkeypatch, driver, expected):
-    def load(name):
-        if isinstance(driver, OSError):
-            raise driver
-        return driver
+def test_what_keeps_cuda_from_running_is_told(monkeypatch, obstacle, cards, installed, state, said):
+    monkeypatch.setattr(nvidia, "look", lambda: ("for CUDA 13.0" if cards else "none", cards))
+    monkeypatch.setattr(nvidia, "obstacle", lambda: obstacle)
+    monkeypatch.setattr(doctor, "_version", lambda package: "0.30" if installed else None)
+    finding = doctor._cuda()
+    assert finding.state == state and said in finding.text
+    assert ("fastsepconv[cuda13]" in finding.advice) == (state == "note")
+    assert finding.details["cards"] == [card.name for card in cards]
 
-    monkeypatch.setattr(doctor.ctypes, "CDLL", load)
-    assert doctor._nvidia() == expected
+
+def test_cuda_in_the_simulator_is_told():
+    result = doctor_in_a_process("--json", before=HIDE_TENSORFLOW, NUMBA_ENABLE_CUDASIM="1", FASTSEPCONV_BACKEND="cuda")
+    assert result.returncode == 0, result.stdout + result.stderr
+    checks = json.loads(result.stdout)["checks"]
+    assert checks["backend"]["text"].startswith("cuda, since it was asked for")
+    assert "Numba's simulator" in checks["cuda"]["text"]
+    assert checks["cuda"]["details"]["tiers"].startswith("plain kernels for every operation")
 
 
 def test_help_shows_examples_and_exit_codes(capsys):

@@ -14,11 +14,12 @@ import textwrap
 
 import pytest
 
-from fastsepconv.kernels.cpu import threads
+from fastsepconv.kernels.cpu import threads, workers
 
 HAS_TBB = importlib.util.find_spec("numba.np.ufunc.tbbpool") is not None and sys.platform == "linux"
 NOISE = "Unable to join threads to shut down before fork()"  # Numba's TBB layer says it on stdout
-LAYERS = ["tbb", "omp", "workqueue"]
+NUMBA_LAYERS = ["tbb", "omp", "workqueue"]
+LAYERS = [*(["own"] if workers.available() else []), *NUMBA_LAYERS]
 KERNEL = """
     import numba, numpy as np, os, sys, threading
     from numba import types
@@ -58,6 +59,11 @@ FORK = """
 """
 
 
+def on(layer: str) -> dict[str, str]:
+    """The environment in which that pool is taken: the package's own unless the user wants another."""
+    return {} if layer == "own" else {"NUMBA_THREADING_LAYER": layer}
+
+
 def run(code: str, tmp_path, **environment: str) -> subprocess.CompletedProcess:
     """Run `code` after the kernel `double`, as a file in a process of its own."""
     script = tmp_path / "script.py"
@@ -78,12 +84,25 @@ def output(code: str, tmp_path, **environment: str) -> str:
     return "\n".join(line for line in result.stdout.splitlines() if line and not line.startswith(NOISE))
 
 
+@pytest.mark.skipif(not workers.available(), reason="the package's own pool is for Linux")
+def test_the_own_pool_is_taken_first(tmp_path):
+    code = """
+        print(threads.layer(), right(), threads.layer(), threading.active_count())
+        print("numba.np.ufunc.tbbpool" in sys.modules)
+    """
+    assert output(code, tmp_path) == "own True own 4\nFalse"
+
+
 @pytest.mark.skipif(not HAS_TBB, reason="this platform has no TBB from pip")
-def test_tbb_of_the_environment_is_found_and_taken_first(tmp_path):
-    assert output("print(threads.layer(), right(), numba.threading_layer())", tmp_path) == "tbb True tbb"
+def test_tbb_of_the_environment_is_found_and_taken_next(tmp_path):
+    code = """
+        threads.workers.available = lambda: False
+        print(threads.layer(), right(), numba.threading_layer())
+    """
+    assert output(code, tmp_path) == "tbb True tbb"
 
 
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("layer", NUMBA_LAYERS)
 def test_the_users_own_choice_is_followed(tmp_path, layer):
     code = "print(threads.layer(), right(), numba.threading_layer())"
     assert output(code, tmp_path, NUMBA_THREADING_LAYER=layer) == f"{layer} True {layer}"
@@ -97,6 +116,7 @@ def test_the_users_own_order_is_followed(tmp_path):
 @pytest.mark.parametrize("missing", [["tbb"], ["tbb", "omp"]])
 def test_the_next_layer_is_taken_where_one_cannot_be_loaded(tmp_path, missing):
     code = f"""
+        threads.workers.available = lambda: False
         sys.modules.update({{f"numba.np.ufunc.{{name}}pool": None for name in {missing}}})
         threads._available_layer.cache_clear()
         print(threads.layer())
@@ -117,7 +137,8 @@ def test_a_layer_asked_for_that_cannot_be_loaded_is_told(tmp_path):
     assert output(code, tmp_path, NUMBA_THREADING_LAYER="threadsafe" if not HAS_TBB else "safe") == "True\nTrue"
 
 
-def test_openmp_threads_sleep_while_they_wait(tmp_path):
+@pytest.mark.parametrize("layer", [layer for layer in ("own", "omp") if layer in LAYERS])
+def test_idle_threads_sleep(tmp_path, layer):
     code = """
         import time
         right()
@@ -125,7 +146,82 @@ def test_openmp_threads_sleep_while_they_wait(tmp_path):
         time.sleep(0.5)
         print(time.process_time() - before < 0.1, "OMP_WAIT_POLICY" in os.environ)
     """
-    assert output(code, tmp_path, NUMBA_THREADING_LAYER="omp") == "True False"
+    assert output(code, tmp_path, **on(layer)) == "True False"
+
+
+OWN_POOL = pytest.mark.skipif(not workers.available(), reason="the package's own pool is for Linux")
+
+
+@OWN_POOL
+def test_workers_keep_off_their_callers_cpu(tmp_path):
+    code = """
+        right()
+        allowed = os.sched_getaffinity(0)
+        for cpu in sorted(allowed)[:2]:
+            os.sched_setaffinity(0, {cpu})
+            right()
+            found = {frozenset(os.sched_getaffinity(member.native_id)) for member in threads.workers._members}
+            print(found == {frozenset(allowed - {cpu})} if len(allowed) > 1 else found == {frozenset(allowed)})
+    """
+    assert set(output(code, tmp_path).splitlines()) == {"True"}
+
+
+@OWN_POOL
+def test_more_callers_than_the_pool_has_jobs(tmp_path):
+    code = """
+        outcomes = []
+        work = lambda: outcomes.extend(right() for _ in range(40))
+        callers = [threading.Thread(target=work) for _ in range(2 * threads.workers.JOBS)]
+        [c.start() for c in callers]
+        [c.join() for c in callers]
+        print(len(outcomes) == 40 * len(callers), all(outcomes))
+    """
+    assert output(code, tmp_path) == "True True"
+
+
+@OWN_POOL
+def test_no_more_workers_help_than_were_asked_for(tmp_path):
+    code = """
+        import time
+        from fastsepconv.kernels.cpu import atomics
+        from fastsepconv.kernels.cpu.workers import _monotonic_ns
+
+        @parallel_kernel
+        def _meet(dtype, worker, workers, meeting, most):
+            present = atomics.add(meeting, 1) + 1
+            while present > atomics.load(most) and not atomics.replace(most, atomics.load(most), present):
+                pass
+            until = _monotonic_ns() + 20_000_000
+            while _monotonic_ns() < until:
+                pass
+            atomics.add(meeting, -1)
+
+        @jit.kernel
+        def meet(dtype, meeting, most):
+            _meet(dtype, 12, meeting, most)
+
+        for count in (1, 2, 3, 4):
+            threads.set_num_threads(count)
+            words = np.zeros(2, np.int64)
+            meet(np.float64, words.ctypes.data, words.ctypes.data + 8)
+            print(words[1] == count)
+    """
+    assert output(code, tmp_path) == "True\n" * 3 + "True"
+
+
+@OWN_POOL
+@pytest.mark.parametrize("end", ["", "raise SystemExit(0)"])
+def test_the_process_ends_while_another_thread_computes(tmp_path, end):
+    code = f"""
+        import time
+        threading.Thread(target=lambda: [right(1 << 20) for _ in range(10**6)], daemon=True).start()
+        right()
+        time.sleep(0.2)
+        print("done", flush=True)
+        {end}
+    """
+    for _ in range(3):
+        assert output(code, tmp_path) == "done"
 
 
 @pytest.mark.parametrize("layer", LAYERS)
@@ -137,7 +233,7 @@ def test_many_threads_may_call_at_once(tmp_path, layer):
         [c.join() for c in callers]
         print(len(outcomes), all(outcomes))
     """
-    assert output(code, tmp_path, NUMBA_THREADING_LAYER=layer) == "200 True"
+    assert output(code, tmp_path, **on(layer)) == "200 True"
 
 
 @pytest.mark.parametrize("layer", LAYERS)
@@ -147,7 +243,7 @@ def test_a_forked_child_computes(tmp_path, layer):
         print(outcome_of_child(lambda: 0 if right() and outcome_of_child(lambda: 0 if right() else 1) == 0 else 1))
         print(right())
     """
-    assert output(code, tmp_path, NUMBA_THREADING_LAYER=layer) == "True\n0\nTrue"
+    assert output(code, tmp_path, **on(layer)) == "True\n0\nTrue"
 
 
 def test_a_child_forked_after_openmp_was_started_by_others_computes(tmp_path):
@@ -192,7 +288,7 @@ def test_a_child_forked_while_others_compute_and_compile(tmp_path, layer):
         [o.join() for o in others]
         print(outcomes)
     """
-    assert output(code, tmp_path, NUMBA_THREADING_LAYER=layer) == f"True\n{[0] * 8}"
+    assert output(code, tmp_path, **on(layer)) == f"True\n{[0] * 8}"
 
 
 def test_the_count_is_one_for_all_threads_and_for_compiled_code(tmp_path):
@@ -222,6 +318,7 @@ def test_a_cached_callback_runs_on_the_pool_in_a_second_process(tmp_path, layer)
             double(np.float64, threads.current(), 8, x.ctypes.data, y.ctypes.data)
             return 2 * threads.current() + int(y.sum())
 
+        threads.ensure_started()
         answers = []
         caller = threading.Thread(target=lambda: answers.append(ask.ctypes(0)))
         caller.start()
@@ -229,8 +326,8 @@ def test_a_cached_callback_runs_on_the_pool_in_a_second_process(tmp_path, layer)
         threads.set_num_threads(3)
         print(*answers, ask.ctypes(0), jit.state()["compiled"] > 0)
     """
-    assert output(code, tmp_path, NUMBA_THREADING_LAYER=layer) == "24 22 True"
-    assert output(code, tmp_path, NUMBA_THREADING_LAYER=layer) == "24 22 False"
+    assert output(code, tmp_path, **on(layer)) == "24 22 True"
+    assert output(code, tmp_path, **on(layer)) == "24 22 False"
 
 
 def test_the_environment_sets_the_count(tmp_path):

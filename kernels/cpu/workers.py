@@ -1,0 +1,312 @@
+"""The package's own threads, on Linux: they look out for work a moment, then sleep, and keep off their caller's CPU.
+
+Between two kernels TensorFlow computes on threads of its own, as many as there are CPUs. TBB's threads spin for a
+millisecond after each piece of parallel work, and the scheduler likes to wake a thread on the CPU of its waker: now
+two busy threads share a CPU while another has none. Whole networks lost 5 to 10 % by that (Zen 4, 2 cores).
+
+    caller:  claim a job -> fill it -> open it -> wake sleepers -> take shares of it -> close it -> wait for its helpers
+    worker:  for each open job: join, take shares, leave -> look out for another -> sleep
+
+Each share is taken by whoever comes first. A caller that finds all jobs claimed does its shares alone.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import os
+import platform
+import sys
+import threading
+import time
+
+import llvmlite.binding as llvm
+import numpy as np
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+from . import atomics
+from .atomics import WORD, WORD_SIZE
+from .jit import callback, kernel
+
+LOOK_OUT_NS = 50_000  # how long a worker looks out for work before it sleeps: longer than a caller's serial stretches
+JOBS = 16  # how many callers have helpers at once
+MOST_KEPT_OFF = 8  # workers; with more of them a machine has more CPUs, and the scheduler finds a free one
+CPU_SET_SIZE = 128  # bytes, the C library's
+
+_LINE = 64  # bytes: what one thread writes often shares no cache line with what another does
+# Where the pool's words lie, in bytes.
+_OPENED, _SLEEPERS, _STOPPING, _KEPT_OFF, _SEMAPHORE, _THREADS, _JOBS = (i * _LINE for i in range(7))
+_MASKS = _KEPT_OFF + WORD_SIZE  # after the CPU that workers keep off: the address of a CPU set for each such CPU, or 0
+_STATE, _NEXT, _ENTRY, _PACKED, _SHARES, _HELPERS, _JOB_SIZE = 0, 64, 128, 136, 144, 152, 192
+_CLAIMED, _OPEN = 1 << 40, 1 << 41  # a job's state: 0 if free, else one of these, and how many workers have joined
+
+# The instruction that tells a processor that a loop waits: LLVM's name for it and its operands.
+_PAUSES = {"x86_64": ("llvm.x86.sse2.pause", []), "aarch64": ("llvm.aarch64.hint", [ir.IntType(32)(1)])}
+
+_words = (ctypes.c_int64 * ((_JOBS + JOBS * _JOB_SIZE) // WORD_SIZE))()
+_pool = atomics.named_memory("fastsepconv_workers", _words)
+_members: list[threading.Thread] = []
+_kept: list[np.ndarray] = []  # what the words hold addresses of
+
+
+def _c_function(name: str, parameters: int) -> types.ExternalFunction:
+    function = getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
+    if function is not None:
+        llvm.add_symbol(f"fastsepconv_{name}", ctypes.cast(function, ctypes.c_void_p).value)
+    return types.ExternalFunction(f"fastsepconv_{name}", types.int32(*[types.intp] * parameters))
+
+
+_sem_post = _c_function("sem_post", 1)
+_sem_wait = _c_function("sem_wait", 1)
+_sched_getcpu = _c_function("sched_getcpu", 0)
+_sched_yield = _c_function("sched_yield", 0)
+_sched_setaffinity = _c_function("sched_setaffinity", 3)
+_c_function("clock_gettime", 2)
+
+
+def available() -> bool:
+    """Whether this pool can be had here."""
+    return sys.platform == "linux" and sys.maxsize > 2**32 and platform.machine() in _PAUSES
+
+
+def start(count: int) -> int:
+    """Start `count` workers.
+
+    Returns:
+        The address of a function that does parallel work, with the parameters of Numba's `numba_parallel_for`.
+    """
+    address, work = _run.address, ctypes.CFUNCTYPE(None, ctypes.c_int64)(_work.address)
+    ctypes.CDLL(None).sem_init(ctypes.byref(_words, _SEMAPHORE), 0, 0)
+    _members.extend(
+        threading.Thread(target=work, args=(i,), name=f"fastsepconv-{i}", daemon=True) for i in range(count)
+    )
+    for member in _members:
+        member.start()
+    _prepare_to_keep_off()
+    atexit.register(_stop)
+    return address
+
+
+def _prepare_to_keep_off() -> None:
+    """For each CPU, the set of those that workers may run on while their caller is there."""
+    allowed = os.sched_getaffinity(0)
+    if len(allowed) < 2 or len(_members) > MOST_KEPT_OFF or max(allowed) >= 8 * CPU_SET_SIZE:
+        return
+    masks = np.zeros((8 * CPU_SET_SIZE, CPU_SET_SIZE), np.uint8)
+    for cpu in allowed:
+        masks[:cpu, cpu // 8] |= 1 << cpu % 8
+        masks[cpu + 1 :, cpu // 8] |= 1 << cpu % 8
+    for i, member in enumerate(_members):
+        _words[_THREADS // WORD_SIZE + i] = member.native_id or 0
+    _words[_KEPT_OFF // WORD_SIZE] = -1
+    _words[_MASKS // WORD_SIZE] = masks.ctypes.data
+    _kept.append(masks)
+
+
+def _stop() -> None:
+    """At the end of the process: workers must be gone before their code is."""
+    _words[_STOPPING // WORD_SIZE] = 1
+    for _ in _members:
+        ctypes.CDLL(None).sem_post(ctypes.byref(_words, _SEMAPHORE))
+    for member in _members:
+        member.join()
+
+
+@callback(types.void(*[types.intp] * 8))
+def _run(entry, arguments, dimensions, steps, data, inner_dimensions, arrays, threads):
+    """Does all shares of a parallel kernel, with the help of at most `threads` - 1 workers."""
+    helpers = threads - 1
+    job = _claim() if helpers > 0 else 0
+    if job == 0:
+        _call(entry, arguments, dimensions, steps, data)
+        return
+    atomics.store(job + _ENTRY, entry)
+    atomics.store(job + _PACKED, atomics.load(arguments + WORD_SIZE))
+    atomics.store(job + _SHARES, atomics.load(dimensions))
+    atomics.store(job + _HELPERS, helpers)
+    atomics.store(job + _NEXT, 0)
+    atomics.store(job + _STATE, _OPEN)
+    atomics.add(_pool() + _OPENED, 1)
+    _keep_workers_off()
+    _wake(helpers)
+    _take_shares(job)
+    atomics.add(job + _STATE, _CLAIMED - _OPEN)
+    _wait_for_helpers(job)
+    atomics.store(job + _STATE, 0)
+
+
+@kernel
+def _claim():
+    """A job that is the caller's alone, or 0."""
+    for number in range(JOBS):
+        job = _pool() + _JOBS + number * _JOB_SIZE
+        if atomics.load(job + _STATE) == 0 and atomics.replace(job + _STATE, 0, _CLAIMED):
+            return job
+    return 0
+
+
+@kernel
+def _take_shares(job):
+    """Does shares of a job until none is left."""
+    shares = atomics.load(job + _SHARES)
+    while True:
+        number = atomics.add(job + _NEXT, 1)
+        if number >= shares:
+            return
+        _call_share(atomics.load(job + _ENTRY), number, atomics.load(job + _PACKED))
+
+
+@kernel
+def _wait_for_helpers(job):
+    """Returns when all have left a closed job. One that lost its CPU in the middle of a share may want this one."""
+    until = _monotonic_ns() + LOOK_OUT_NS
+    while atomics.load(job + _STATE) != _CLAIMED:
+        if _monotonic_ns() < until:
+            _pause()
+        else:
+            _sched_yield()
+
+
+@callback(types.void(types.intp))
+def _work(number):
+    """A worker's life."""
+    while atomics.load(_pool() + _STOPPING) == 0:
+        opened = atomics.load(_pool() + _OPENED)
+        helped = False
+        for number in range(JOBS):
+            helped |= _help(_pool() + _JOBS + number * _JOB_SIZE)
+        if not helped:
+            _wait_for_work(opened)
+
+
+@kernel
+def _help(job):
+    """Joins a job if it is open and wants more helpers, takes shares, leaves; says whether it did."""
+    state = atomics.load(job + _STATE)
+    while state >= _OPEN and state - _OPEN < atomics.load(job + _HELPERS):
+        if atomics.replace(job + _STATE, state, state + 1):
+            _take_shares(job)
+            atomics.add(job + _STATE, -1)
+            return True
+        state = atomics.load(job + _STATE)
+    return False
+
+
+@kernel
+def _wait_for_work(opened):
+    """Returns when another job than the first `opened` was opened, or a little early."""
+    until = _monotonic_ns() + LOOK_OUT_NS
+    while atomics.load(_pool() + _OPENED) == opened:
+        if _monotonic_ns() < until:
+            _pause()
+            continue
+        atomics.add(_pool() + _SLEEPERS, 1)
+        if atomics.load(_pool() + _OPENED) == opened or not _one_sleeper_less():
+            while _sem_wait(_pool() + _SEMAPHORE) != 0:  # a signal came
+                pass
+        return
+
+
+@kernel
+def _wake(count):
+    """Wakes as many sleepers, if there are so many."""
+    while count > 0 and _one_sleeper_less():
+        _sem_post(_pool() + _SEMAPHORE)
+        count -= 1
+
+
+@kernel
+def _one_sleeper_less():
+    """Takes one off the sleepers: a waker before it wakes one, a worker that sleeps not after all. False: none left."""
+    sleepers = atomics.load(_pool() + _SLEEPERS)
+    while sleepers > 0:
+        if atomics.replace(_pool() + _SLEEPERS, sleepers, sleepers - 1):
+            return True
+        sleepers = atomics.load(_pool() + _SLEEPERS)
+    return False
+
+
+@kernel
+def _keep_workers_off():
+    """Keeps the workers off the CPU that the caller runs on: a system call for each, where it has moved."""
+    masks = atomics.load(_pool() + _MASKS)
+    if masks == 0:
+        return
+    cpu = _sched_getcpu()
+    if cpu < 0 or atomics.exchange(_pool() + _KEPT_OFF, cpu) == cpu:
+        return
+    for i in range(MOST_KEPT_OFF):
+        thread = atomics.load(_pool() + _THREADS + i * WORD_SIZE)
+        if thread != 0:
+            _sched_setaffinity(thread, CPU_SET_SIZE, masks + cpu * CPU_SET_SIZE)
+
+
+@intrinsic
+def _call(typing_context, entry, arguments, dimensions, steps, data):
+    """Calls the function at `entry` with the other four."""
+
+    def codegen(context, builder, signature, values):
+        _emit_call(builder, *values)
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 5), codegen
+
+
+@intrinsic
+def _call_share(typing_context, entry, number, packed):
+    """Calls the function at `entry` for one share, as NumPy calls the inner loop of a generalised ufunc."""
+
+    def codegen(context, builder, signature, values):
+        entry, number, packed = values
+        arguments, dimensions, steps = (_emit_words(builder, words) for words in ((number, packed), (WORD(1),), ()))
+        _emit_call(builder, entry, arguments, dimensions, steps, WORD(0))
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 3), codegen
+
+
+def _emit_call(builder, entry, *arguments):
+    function_type = ir.FunctionType(ir.VoidType(), [WORD] * len(arguments))
+    builder.call(builder.inttoptr(entry, function_type.as_pointer()), arguments)
+
+
+def _emit_words(builder, words):
+    """The address of words on the stack."""
+    if not words:
+        return WORD(0)
+    array = cgutils.alloca_once(builder, WORD, size=WORD(len(words)))
+    for i, word in enumerate(words):
+        builder.store(word, builder.gep(array, [WORD(i)]))
+    return builder.ptrtoint(array, WORD)
+
+
+@intrinsic
+def _pause(typing_context):
+    """Tells the processor that this loop waits."""
+
+    def codegen(context, builder, signature, arguments):
+        name, operands = _PAUSES[platform.machine()]
+        declared = ir.FunctionType(ir.VoidType(), [operand.type for operand in operands])
+        builder.call(cgutils.get_or_insert_function(builder.module, declared, name), operands)
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
+def _monotonic_ns(typing_context):
+    """Nanoseconds on a clock that never goes back."""
+
+    def codegen(context, builder, signature, arguments):
+        now = _emit_words(builder, [WORD(0), WORD(0)])
+        declared = ir.FunctionType(ir.IntType(32), [WORD, WORD])
+        clock_gettime = cgutils.get_or_insert_function(builder.module, declared, "fastsepconv_clock_gettime")
+        builder.call(clock_gettime, [WORD(time.CLOCK_MONOTONIC), now])
+        seconds, nanoseconds = (
+            builder.load(builder.inttoptr(builder.add(now, WORD(i * WORD_SIZE)), WORD.as_pointer())) for i in range(2)
+        )
+        return builder.add(builder.mul(seconds, WORD(10**9)), nanoseconds)
+
+    return types.intp(), codegen

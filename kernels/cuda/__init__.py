@@ -1,0 +1,75 @@
+"""The CUDA kernels, with the names and arguments of the CPU's.
+
+Arrays are C-contiguous and channels-last, of float32, float64, float16 or bfloat16, checked by the caller: all NumPy
+arrays, which are copied to the card and back, or all on the card (`device_array.DeviceArray`), which are
+used where they are, on their stream. `clamp` is a fused activation: (low, high) bounds of y; NaN passes.
+
+Importing this needs numba-cuda. With NUMBA_ENABLE_CUDASIM=1 the plain kernels run in Numba's simulator.
+"""
+
+from __future__ import annotations
+
+from ..geometry import Geometry
+from . import memory, tiers
+
+UNBOUNDED = (float("-inf"), float("inf"))
+
+
+def depthwise_forward(g: Geometry, x, kernel, bias, out, clamp=UNBOUNDED) -> None:
+    """Fills out `[N,P,Q,C*M]` from x `[N,H,W,C]`, kernel `[R,S,C,M]`, bias `[C*M]` or None."""
+
+    def compute(x, kernel, bias, out, stream) -> None:
+        tiers.run("depthwise_forward", g, x, kernel, bias, out, clamp, stream)
+
+    memory.run(compute, (x, kernel, bias), (out,))
+
+
+def depthwise_backward(g: Geometry, x, kernel, dy, dx, d_kernel, d_bias) -> None:
+    """Fills dx, d_kernel and d_bias, each unless None, from dy `[N,P,Q,C*M]`."""
+
+    def compute(*operands) -> None:
+        tiers.run("depthwise_backward", g, *operands)
+
+    memory.run(compute, (x, kernel, dy), (dx, d_kernel, d_bias))
+
+
+def pointwise_forward(x, kernel, bias, out, clamp=UNBOUNDED) -> None:
+    """Fills out `[rows,F]` from x `[rows,K]`, kernel `[K,F]`, bias `[F]` or None."""
+    sizes = x.shape[0], *kernel.shape
+
+    def compute(x, kernel, bias, out, stream) -> None:
+        tiers.run("pointwise_forward", *sizes, x, kernel, bias, out, clamp, stream)
+
+    memory.run(compute, (x, kernel, bias), (out,))
+
+
+def pointwise_backward(x, kernel, dy, dx, d_kernel, d_bias) -> None:
+    """Fills dx, d_kernel and d_bias, each unless None, from dy `[rows,F]`."""
+    sizes = x.shape[0], *kernel.shape
+
+    def compute(*operands) -> None:
+        tiers.run("pointwise_backward", *sizes, *operands)
+
+    memory.run(compute, (x, kernel, dy), (dx, d_kernel, d_bias))
+
+
+def separable_forward(g: Geometry, x, depthwise_kernel, pointwise_kernel, bias, out, clamp=UNBOUNDED) -> None:
+    """Fills out `[N,P,Q,F]` from x `[N,H,W,C]`, kernels `[R,S,C,M]` and `[C*M,F]`, bias `[F]` or None."""
+    filters = pointwise_kernel.shape[1]
+
+    def compute(x, depthwise_kernel, pointwise_kernel, bias, out, stream) -> None:
+        tiers.run("separable_forward", g, filters, x, depthwise_kernel, pointwise_kernel, bias, out, clamp, stream)
+
+    memory.run(compute, (x, depthwise_kernel, pointwise_kernel, bias), (out,))
+
+
+def separable_backward(
+    g: Geometry, x, depthwise_kernel, pointwise_kernel, dy, dx, d_depthwise, d_pointwise, d_bias
+) -> None:
+    """Fills dx, d_depthwise, d_pointwise and d_bias, each unless None, from dy `[N,P,Q,F]`."""
+    filters = pointwise_kernel.shape[1]
+
+    def compute(*operands) -> None:
+        tiers.run("separable_backward", g, filters, *operands)
+
+    memory.run(compute, (x, depthwise_kernel, pointwise_kernel, dy), (dx, d_depthwise, d_pointwise, d_bias))

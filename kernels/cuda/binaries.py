@@ -1,0 +1,169 @@
+"""Compiled kernels, and where they are kept: machine code for one capability, found by what it was made from.
+
+A kernel goes from Python to PTX through numba-cuda and from PTX to machine code through NVIDIA's linker, both without
+a card. The folder on the disk stands for one state of the sources and of the versions of all that compiles them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from numba import cuda, types
+
+from .. import cache_folder
+
+if TYPE_CHECKING:
+    from .launch import Kernel
+
+_MAGIC = b"fastsepconv cuda kernel 1\n"
+_DIGEST_SIZE = 16
+_FOLDERS_KEPT = 8
+_PACKAGES = (
+    "numba", "numba-cuda", "llvmlite", "numpy", "cuda-bindings",
+    "nvidia-nvvm", "nvidia-nvjitlink", "nvidia-cuda-nvcc-cu12", "nvidia-nvjitlink-cu12",
+)  # fmt: skip
+
+counts = {"loaded": 0, "compiled": 0}
+
+
+class Binary(NamedTuple):
+    """Code that the driver loads, and the name under which it finds the kernel there."""
+
+    entry: str
+    code: bytes
+
+
+def get(kernel: Kernel, capability: tuple[int, int]) -> Binary:
+    """The kernel's machine code for cards of this capability, from the disk or compiled now."""
+    file = _file(kernel, capability)
+    kept = _read(file) if file else None
+    if kept is not None:
+        counts["loaded"] += 1
+        return kept
+    counts["compiled"] += 1
+    made = assembled(ptx(kernel, capability), capability)
+    if file:
+        _write(file, made)
+    return made
+
+
+def ptx(kernel: Kernel, capability: tuple[int, int]) -> str:
+    """The kernel as PTX for this capability."""
+    signature = types.void(*kernel.parameters)
+    bounds = {} if kernel.launch_bounds is None else {"launch_bounds": kernel.launch_bounds}
+    text, _ = cuda.compile(kernel.function, signature, device=False, abi="numba", cc=capability, **bounds)
+    return text
+
+
+def entry_of(text: str) -> str:
+    """The name of the one kernel in a PTX text."""
+    (name,) = re.findall(r"\.visible\s+\.entry\s+([\w$]+)", text)
+    return name
+
+
+def assembled(text: str, capability: tuple[int, int]) -> Binary:
+    """PTX as machine code; as it is, for the driver to assemble, where NVIDIA's linker is not installed."""
+    entry = entry_of(text)
+    try:
+        from cuda.bindings import nvjitlink
+
+        nvjitlink.version()
+    except (ImportError, RuntimeError):
+        return Binary(entry, text.encode() + b"\0")
+    link = nvjitlink.create(1, ["-arch=sm_{}{}".format(*capability)])
+    try:
+        code = text.encode()
+        nvjitlink.add_data(link, nvjitlink.InputType.PTX, code, len(code), "kernel")
+        nvjitlink.complete(link)
+        cubin = bytearray(nvjitlink.get_linked_cubin_size(link))
+        nvjitlink.get_linked_cubin(link, cubin)
+    finally:
+        nvjitlink.destroy(link)
+    return Binary(entry, bytes(cubin))
+
+
+def folder() -> Path | None:
+    """Where what the present sources compile to is kept; None where nothing can be."""
+    root, state = cache_folder.root(), _state()
+    return root / "cuda" / state if root and state else None
+
+
+@functools.cache
+def _state() -> str | None:
+    """A hash of the kernels' sources and of the versions of what compiles them."""
+    here = Path(__file__).resolve().parent
+    try:
+        sources = [(str(file.name), file.read_bytes()) for place in (here.parent, here) for file in _sources(place)]
+    except OSError:
+        return None
+    versions = []
+    for package in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions.append((package, importlib.metadata.version(package)))
+    return _digest(repr((platform.python_version(), versions, sources)).encode())
+
+
+def _sources(place: Path) -> list[Path]:
+    return sorted(place.glob("*.py"))
+
+
+def _file(kernel: Kernel, capability: tuple[int, int]) -> Path | None:
+    base = folder()
+    if base is None:
+        return None
+    name = re.sub(r"[^A-Za-z0-9_]+", "-", kernel.name).strip("-")
+    key = _digest(repr((kernel.name, list(map(str, kernel.parameters)), kernel.launch_bounds)).encode())
+    return base / f"{name}-sm{capability[0]}{capability[1]}-{key[:8]}.kernel"
+
+
+def _read(file: Path) -> Binary | None:
+    """What is kept in a file; None where there is none, or where it is not what was written."""
+    try:
+        content = file.read_bytes()
+    except OSError:
+        return None
+    digest, payload = content[len(_MAGIC) : len(_MAGIC) + _DIGEST_SIZE], content[len(_MAGIC) + _DIGEST_SIZE :]
+    if not content.startswith(_MAGIC) or digest != _raw_digest(payload):
+        return None
+    head, _, code = payload.partition(b"\n")
+    return Binary(json.loads(head)["entry"], code)
+
+
+def _write(file: Path, binary: Binary) -> None:
+    """Keep a binary: put in place whole. Where that fails, the next process compiles again."""
+    payload = json.dumps({"entry": binary.entry}).encode() + b"\n" + binary.code
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".tmp", delete=False) as stream:
+            stream.write(_MAGIC + _raw_digest(payload) + payload)
+        os.replace(stream.name, file)
+        _drop_old_folders(file.parent)
+
+
+@functools.cache
+def _drop_old_folders(current: Path) -> None:
+    """Drop the folders that were left unused longest. Once a process."""
+    with contextlib.suppress(OSError):
+        os.utime(current)
+        folders = sorted(current.parent.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
+        for path in folders[_FOLDERS_KEPT:]:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _raw_digest(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=_DIGEST_SIZE).digest()
+
+
+def _digest(content: bytes) -> str:
+    return _raw_digest(content).hex()

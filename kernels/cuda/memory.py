@@ -1,0 +1,133 @@
+"""Arrays as kernels are given them, and the memory of the card that a call needs for itself.
+
+A kernel takes an array by its pointer: an address on a card; in the simulator, which has no memory of its own, a flat
+array behind the same brackets.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..device_array import DeviceArray
+from . import driver
+from .driver import Stream
+from .elements import ELEMENTS, SIMULATED
+
+
+class Operand(NamedTuple):
+    """An array: its pointer and the name of its element."""
+
+    pointer: Any
+    element: str
+
+
+class SimulatedPointer:
+    """A flat array that can be read and written within its bounds, and nowhere else."""
+
+    __slots__ = ("words",)
+
+    def __init__(self, words: np.ndarray) -> None:
+        self.words = words
+
+    def __getitem__(self, i: int):
+        return self.words[self._checked(i)]
+
+    def __setitem__(self, i: int, value) -> None:
+        self.words[self._checked(i)] = value
+
+    def _checked(self, i: int) -> int:
+        if not 0 <= i < len(self.words):
+            raise IndexError(f"element {i} of {len(self.words)}")
+        return i
+
+
+# Stands where there is no bias: never read.
+ABSENT = Operand(SimulatedPointer(np.empty(0)) if SIMULATED else 0, "")
+
+
+@contextlib.contextmanager
+def scratch(count: int, element: str, stream: Stream) -> Iterator[Operand]:
+    """Room for `count` elements, until what was put into the stream meanwhile is done."""
+    dtype = ELEMENTS[element].dtype
+    if SIMULATED:
+        yield Operand(SimulatedPointer(np.full(count, np.nan, dtype)), element)
+        return
+    address = driver.allocate(count * dtype.itemsize, "intermediate results", stream)
+    try:
+        yield Operand(address, element)
+    finally:
+        driver.free(address, stream)
+
+
+def run(body: Callable[..., None], inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+    """`body(*operands, stream)`, the operands those of the inputs and outputs in this order; None stays None.
+
+    NumPy arrays are copied to the card and, for outputs, back: all is done when this returns. Arrays on the card
+    (`device_array.DeviceArray`) are used where they are, on their stream: the work is only put there.
+    """
+    arrays = [array for array in (*inputs, *outputs) if array is not None]
+    if not isinstance(arrays[0], np.ndarray):
+        stream = _stream_of(arrays[0])
+        body(*map(_operand_of, (*inputs, *outputs)), stream)
+    elif SIMULATED:
+        body(*(None if array is None else _simulated(array) for array in (*inputs, *outputs)), driver.own_stream())
+    else:
+        _run_copied(body, inputs, outputs)
+
+
+def _run_copied(body: Callable[..., None], inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+    stream = driver.own_stream()
+    with contextlib.ExitStack() as held:
+        operands = [_copied(array, held, stream) for array in inputs]
+        targets = [_room_for(array, held, stream) for array in outputs]
+        body(*operands, *targets, stream)
+        for array, target in zip(outputs, targets, strict=True):
+            if target is not None:
+                driver.copy_out(array.ctypes.data, target.pointer, array.nbytes, stream)
+    driver.synchronize(stream, "Computing on the card")
+
+
+def _room_for(array: Any, held: contextlib.ExitStack, stream: Stream) -> Operand | None:
+    if array is None:
+        return None
+    address = driver.allocate(array.nbytes, f"an array of shape {array.shape}", stream)
+    held.callback(driver.free, address, stream)
+    return Operand(address, array.dtype.name)
+
+
+def _copied(array: Any, held: contextlib.ExitStack, stream: Stream) -> Operand | None:
+    operand = _room_for(array, held, stream)
+    if operand is not None:
+        driver.copy_in(operand.pointer, array.ctypes.data, array.nbytes, stream)
+    return operand
+
+
+def _simulated(array: np.ndarray) -> Operand:
+    name = array.dtype.name
+    return Operand(SimulatedPointer(array.reshape(-1).view(ELEMENTS[name].dtype)), name)
+
+
+def _stream_of(array: DeviceArray) -> Stream:
+    if SIMULATED:
+        return driver.own_stream()
+    on = driver.device(array.device)
+    driver.activate(on)
+    return Stream(array.stream, on)
+
+
+def _operand_of(array: DeviceArray | None) -> Operand | None:
+    if array is None:
+        return None
+    if not SIMULATED:
+        return Operand(array.address, array.dtype.name)
+    words = ELEMENTS[array.dtype.name].dtype
+    size = int(np.prod(array.shape)) * words.itemsize
+    memory = np.empty(0, np.uint8)
+    if size:
+        memory = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(array.address))
+    return Operand(SimulatedPointer(memory.view(words)), array.dtype.name)

@@ -1,0 +1,67 @@
+"""Separable convolution, forward and backward: the depthwise and the pointwise kernels one after the other.
+
+What lies between the two steps, mid `[N,P,Q,C*M]` and its gradient, stays on the card, in the element of the sums:
+half types are rounded once, where the result is written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+from ..geometry import Geometry
+from . import depthwise, pointwise
+from .elements import sums_of
+from .launch import Stream
+from .memory import Operand, scratch
+
+UNBOUNDED = (float("-inf"), float("inf"))
+
+
+def forward(
+    g: Geometry,
+    filters: int,
+    x: Operand,
+    depthwise_kernel: Operand,
+    pointwise_kernel: Operand,
+    bias: Operand | None,
+    y: Operand,
+    clamp,
+    stream: Stream,
+) -> None:
+    """Fills y `[N,P,Q,F]` from x `[N,H,W,C]`, kernels `[R,S,C,M]` and `[C*M,F]`, bias `[F]` or None."""
+    rows, channels = _sizes(g)
+    with scratch(rows * channels, sums_of(x.element), stream) as mid:
+        depthwise.forward(g, x, depthwise_kernel, None, mid, UNBOUNDED, stream)
+        pointwise.forward(rows, channels, filters, mid, pointwise_kernel, bias, y, clamp, stream)
+
+
+def backward(
+    g: Geometry,
+    filters: int,
+    x: Operand,
+    depthwise_kernel: Operand,
+    pointwise_kernel: Operand,
+    dy: Operand,
+    dx: Operand | None,
+    d_depthwise: Operand | None,
+    d_pointwise: Operand | None,
+    d_bias: Operand | None,
+    stream: Stream,
+) -> None:
+    """Fills dx, d_depthwise, d_pointwise and d_bias, each unless None, from dy `[N,P,Q,F]`; mid is computed again."""
+    rows, channels = _sizes(g)
+    with contextlib.ExitStack() as held:
+        mid = d_mid = None
+        if d_pointwise:
+            mid = held.enter_context(scratch(rows * channels, sums_of(x.element), stream))
+            depthwise.forward(g, x, depthwise_kernel, None, mid, UNBOUNDED, stream)
+        if dx or d_depthwise:
+            d_mid = held.enter_context(scratch(rows * channels, sums_of(dy.element), stream))
+        pointwise.backward(rows, channels, filters, mid or x, pointwise_kernel, dy, d_mid, d_pointwise, d_bias, stream)
+        if d_mid:
+            depthwise.backward(g, x, depthwise_kernel, d_mid, dx, d_depthwise, None, stream)
+
+
+def _sizes(g: Geometry) -> tuple[int, int]:
+    """The rows and columns of mid."""
+    return g.batch * g.out_height * g.out_width, g.channels * g.multiplier

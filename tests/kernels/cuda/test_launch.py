@@ -1,0 +1,214 @@
+"""The way to the card without one: what is compiled, kept, packed and asked of the driver, whose double answers."""
+
+from __future__ import annotations
+
+import logging
+import re
+
+import numpy as np
+import pytest
+
+from fastsepconv.kernels.device_array import DeviceArray, Dtype
+from fastsepconv.kernels.geometry import resolve
+
+from .driver_double import CONTEXT, values_at
+
+G = resolve((2, 7, 6, 5), (3, 2, 5, 2), (2, 1), "same", (1, 2))
+STREAM = 4242
+
+
+@pytest.fixture
+def arrays(rng):
+    return {
+        "x": rng.normal(size=G.input_shape).astype("float32"),
+        "depthwise": rng.normal(size=G.kernel_shape).astype("float32"),
+        "pointwise": rng.normal(size=(10, 3)).astype("float32"),
+        "bias": rng.normal(size=3).astype("float32"),
+    }
+
+
+def on_card(double, shape, dtype="float32", stream=STREAM):
+    """An array in the double's memory."""
+    size = int(np.prod(shape)) * {"float32": 4, "bfloat16": 2}[dtype]
+    _, address = double.cuMemAllocAsync(size, stream)
+    return DeviceArray(address, shape, (), Dtype(dtype), 0, stream, True, None)
+
+
+def test_arguments_reach_the_driver_on_the_callers_stream_and_nothing_waits(double):
+    from fastsepconv.kernels import cuda
+
+    x, kernel, bias = (on_card(double, shape) for shape in (G.input_shape, G.kernel_shape, (10,)))
+    y = on_card(double, G.output_shape)
+    double.calls.clear()
+    cuda.depthwise_forward(G, x, kernel, bias, y, (0.0, 6.0))
+    (launch,) = double.launches
+    count = int(np.prod(G.output_shape))
+    assert launch == {"grid": (-(-count // 256), 1, 1), "block": (256, 1, 1), "shared": 0, "stream": STREAM}
+    expected = [*G, x.address, kernel.address, bias.address, 1, y.address, 0.0, 6.0]
+    assert values_at(double.parameters, "q" * 15 + "QQQiQff") == expected
+    assert double.current == CONTEXT
+    assert not double.named("cuStreamSynchronize", "cuMemAllocAsync", "cuMemcpyHtoDAsync")
+    double.calls.clear()
+    cuda.depthwise_forward(G, x, kernel, None, y)
+    assert double.calls == ["cuCtxGetCurrent", "cuLaunchKernel"]
+    assert values_at(double.parameters, "q" * 15 + "QQQiQff")[17:19] == [0, 0]
+
+
+def test_numpy_arrays_are_copied_in_and_out_and_all_memory_is_given_back(double, arrays):
+    from fastsepconv.kernels import cuda
+
+    y = np.full((*G.output_shape[:3], 3), np.nan, "float32")
+    cuda.separable_forward(G, *arrays.values(), y)
+    names = ("cuMemcpyHtoDAsync", "cuLaunchKernel", "cuMemcpyDtoHAsync", "cuMemFreeAsync", "cuStreamSynchronize")
+    assert double.named(*names) == [
+        *["cuMemcpyHtoDAsync"] * 4, *["cuLaunchKernel"] * 2, "cuMemFreeAsync",
+        "cuMemcpyDtoHAsync", *["cuMemFreeAsync"] * 5, "cuStreamSynchronize",
+    ]  # fmt: skip
+    assert not double.memory
+    np.testing.assert_array_equal(y, 0)  # what the double's memory holds
+
+
+def test_every_backward_pass_gives_its_memory_back(double, arrays):
+    from fastsepconv.kernels import cuda
+
+    x, depthwise, pointwise, _ = arrays.values()
+    dy = np.ones((*G.output_shape[:3], 3), "float32")
+    cuda.separable_backward(G, x, depthwise, pointwise, dy, *map(np.empty_like, arrays.values()))
+    # mid again; d_x, d_kernel in two stages and d_bias in two, pointwise; then d_x and d_kernel, depthwise
+    assert len(double.launches) == 1 + 5 + 3
+    assert not double.memory
+
+
+@pytest.mark.parametrize("which", range(1, 7))
+def test_out_of_memory_is_told_and_leaves_nothing_behind(double, arrays, which):
+    from fastsepconv.kernels import cuda
+
+    double.fails["cuMemAllocAsync", which] = double.CUresult.CUDA_ERROR_OUT_OF_MEMORY
+    y = np.empty((*G.output_shape[:3], 3), "float32")
+    with pytest.raises(RuntimeError, match=r"memory of card 0 \(A double\) has no room for the \d+ bytes of "):
+        cuda.separable_forward(G, *arrays.values(), y)
+    assert not double.memory
+
+
+def test_a_refused_launch_names_the_kernel(double, arrays):
+    from fastsepconv.kernels import cuda
+
+    double.fails["cuLaunchKernel"] = double.CUresult.CUDA_ERROR_INVALID_VALUE
+    message = r"Launching pointwise_forward\[float32,float32,float32\] on 1 blocks.*CUDA_ERROR_INVALID_VALUE: in the"
+    with pytest.raises(RuntimeError, match=message):
+        cuda.pointwise_forward(np.ones((3, 10), "float32"), arrays["pointwise"], None, np.empty((3, 3), "float32"))
+    assert not double.memory
+
+
+def test_debugging_raises_where_the_kernel_was_launched_and_lets_a_graph_be(double, monkeypatch):
+    from fastsepconv.kernels import cuda
+    from fastsepconv.kernels.cuda import launch
+
+    monkeypatch.setattr(launch, "DEBUG", True)
+    x, kernel, y = (on_card(double, shape) for shape in ((4, 10), (10, 3), (4, 3)))
+    double.fails["cuStreamSynchronize"] = double.CUresult.CUDA_ERROR_ILLEGAL_ADDRESS
+    with pytest.raises(RuntimeError, match=r"Running pointwise_forward.*CUDA_ERROR_ILLEGAL_ADDRESS"):
+        cuda.pointwise_forward(x, kernel, None, y)
+    double.capturing = True
+    cuda.pointwise_forward(x, kernel, None, y)
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (6, 1)])
+def test_a_card_that_is_too_old_is_told(double, capability):
+    from fastsepconv.kernels.cuda import driver
+
+    double.capability = capability
+    message = f"A double, has compute capability {capability[0]}.{capability[1]}: 8.0 or newer is needed"
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        driver.own_stream()
+    with pytest.raises(RuntimeError, match=r"There is no card 3: the NVIDIA driver sees 1"):
+        driver.device(3)
+
+
+def test_a_kernel_is_compiled_once_and_then_comes_from_the_disk(double, tmp_path):
+    from fastsepconv.kernels.cuda import binaries, pointwise
+
+    kernel = pointwise.forward_kernel("float32", "float32", "float32")
+    before = dict(binaries.counts)
+    first = binaries.get(kernel, (9, 0))
+    assert binaries.get(kernel, (9, 0)) == first
+    assert binaries.get(kernel, (8, 0)).code != first.code
+    assert {name: count - before[name] for name, count in binaries.counts.items()} == {"compiled": 2, "loaded": 1}
+    assert first.code.startswith(b"\x7fELF") and "pointwise_forward" in first.entry
+    assert len(list(tmp_path.rglob("*.kernel"))) == 2 and not list(tmp_path.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("spoiled", [b"", b"x" * 500, None])
+def test_a_spoiled_file_is_compiled_again(double, spoiled, tmp_path):
+    from fastsepconv.kernels.cuda import binaries, sums
+
+    kernel = sums.part_sums_kernel("float32", "float32")
+    first = binaries.get(kernel, (9, 0))
+    (file,) = tmp_path.rglob("*.kernel")
+    file.write_bytes(file.read_bytes()[:-1] + b"?" if spoiled is None else spoiled)
+    compiled = binaries.counts["compiled"]
+    again = binaries.get(kernel, (9, 0))
+    assert len(again.code) == len(first.code) and "part_sums" in again.entry
+    assert binaries.counts["compiled"] == compiled + 1
+
+
+def test_a_folder_that_cannot_be_written_costs_only_time(double, monkeypatch):
+    from fastsepconv.kernels.cuda import binaries, sums
+
+    monkeypatch.setenv("FASTSEPCONV_CACHE_DIR", "/proc/nowhere")
+    assert binaries.get(sums.part_sums_kernel("float32", "float32"), (9, 0)).code
+
+
+def test_another_state_of_the_sources_or_versions_has_a_folder_of_its_own(double, monkeypatch):
+    from fastsepconv.kernels.cuda import binaries
+
+    def folder():
+        binaries._state.cache_clear()
+        return binaries.folder()
+
+    usual, version = folder(), binaries.importlib.metadata.version
+    monkeypatch.setattr(binaries.importlib.metadata, "version", lambda name: version(name) + "+another")
+    other_version = folder()
+    monkeypatch.undo()
+    monkeypatch.setattr(binaries, "_sources", lambda place: sorted(place.glob("*.py"))[1:])
+    other_sources = folder()
+    monkeypatch.undo()
+    binaries._state.cache_clear()
+    assert len({usual.name, other_version.name, other_sources.name}) == 3
+
+
+def test_what_ran_is_logged_and_told(double, caplog):
+    from fastsepconv.kernels import cuda
+    from fastsepconv.kernels.cuda import launch
+
+    ran = []
+    launch.listeners.append(ran.append)
+    try:
+        with caplog.at_level(logging.DEBUG, "fastsepconv.cuda"):
+            cuda.pointwise_forward(*(on_card(double, shape, "bfloat16") for shape in ((4, 10), (10, 3))), None,
+                                   on_card(double, (4, 3), "bfloat16"))  # fmt: skip
+    finally:
+        launch.listeners.remove(ran.append)
+    assert ran == ["pointwise_forward[bfloat16,bfloat16,bfloat16]"]
+    assert caplog.messages == ["pointwise_forward[bfloat16,bfloat16,bfloat16] on 1 blocks of 256 threads"]
+
+
+def test_two_kernels_of_one_name_are_refused(toolkit):
+    from fastsepconv.kernels.cuda import launch, sums
+
+    kernel = sums.part_sums_kernel("float32", "float32")
+    with pytest.raises(ValueError, match="two kernels of the name part_sums"):
+        launch.Kernel(kernel.function, ("float32", "float32"), kernel.parameters)
+
+
+def test_streams_are_brought_into_order_by_an_event(double):
+    from fastsepconv.kernels.cuda import driver
+
+    stream = driver.Stream(STREAM, driver.device(0))
+    driver.order_after(stream, STREAM)
+    assert not double.named("cuEventRecord")
+    driver.order_after(stream, 9)
+    assert double.named("cuEventRecord", "cuStreamWaitEvent", "cuEventDestroy") == [
+        "cuEventRecord", "cuStreamWaitEvent", "cuEventDestroy",
+    ]  # fmt: skip
+    assert (double.recorded, double.waiting) == (9, STREAM)

@@ -1,0 +1,101 @@
+"""What only a card can show: `CUDA_VISIBLE_DEVICES=0 pytest -m cuda`. Skipped, with its reason, everywhere else."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import fastsepconv
+from tests.tolerances import assert_close
+
+pytestmark = pytest.mark.cuda
+ROOT = Path(__file__).parents[3]
+CHECKS = "tests/kernels/cuda/simulated"
+GROUPS = {
+    "the kernels": [f"{CHECKS}/check_kernels.py", "-k", "not simulator"],
+    "the array API beside Keras": ["tests/test_ops.py", "tests/test_ops_arrays.py", "-k", "cuda"],
+    "Keras's layers on TensorFlow": [f"{CHECKS}/check_tensorflow.py"],
+}
+
+
+def run(*command: str, **settings: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT, env={**os.environ, **settings}, capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_what_the_simulator_computes_a_card_computes_too(group):
+    done = run("-m", "pytest", "-q", "-p", "no:cacheprovider", *GROUPS[group], FASTSEPCONV_DEBUG="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 5
+
+
+@pytest.fixture
+def arrays(rng):
+    return [rng.standard_normal(shape, np.float32) for shape in ((2, 19, 17, 96), (3, 3, 96, 1), (96, 64))]
+
+
+def test_torch_tensors_are_computed_where_they_are(arrays):
+    torch = pytest.importorskip("torch")
+    on_card = [torch.from_numpy(array).cuda() for array in arrays]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        y = fastsepconv.separable_conv2d(*on_card, padding="same")
+        gradients = fastsepconv.separable_conv2d_grad(*on_card, y, padding="same")
+    stream.synchronize()
+    true = fastsepconv.separable_conv2d(*arrays, padding="same", backend="reference")
+    assert y.is_cuda and all(gradient.is_cuda for gradient in gradients)
+    assert_close("y", y.cpu().numpy(), true)
+    expected = fastsepconv.separable_conv2d_grad(*arrays, y.cpu().numpy(), padding="same", backend="reference")
+    for name, gradient, exact in zip(("dx", "d_depthwise", "d_pointwise", "d_bias"), gradients, expected, strict=True):
+        assert_close(name, gradient.cpu().numpy(), exact)
+
+
+def test_a_call_can_be_captured_into_a_graph_and_replayed(arrays):
+    torch = pytest.importorskip("torch")
+    x, *kernels = [torch.from_numpy(array).cuda() for array in arrays]
+    first = fastsepconv.separable_conv2d(x, *kernels)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = fastsepconv.separable_conv2d(x, *kernels)
+    graph.replay()
+    torch.testing.assert_close(y, first, rtol=0, atol=0)
+    x.mul_(2)
+    graph.replay()
+    torch.testing.assert_close(y, 2 * first)
+
+
+def test_numba_arrays_are_computed_where_they_are(arrays):
+    from numba import cuda
+
+    on_card = [cuda.to_device(array) for array in arrays]
+    y = fastsepconv.separable_conv2d(*on_card, padding="same")
+    assert type(y) is type(on_card[0])
+    true = fastsepconv.separable_conv2d(*arrays, padding="same", backend="reference")
+    assert_close("y", y.copy_to_host(), true)
+
+
+def test_a_pointer_to_the_computers_memory_is_refused_and_the_card_goes_on(arrays):
+    from tests.card_arrays import InterfaceArray
+
+    with pytest.raises(ValueError, match=r"argument `x`\. Expected an array in the memory of a card"):
+        fastsepconv.separable_conv2d(*map(InterfaceArray, arrays))
+    y = fastsepconv.separable_conv2d(*arrays, backend="cuda")
+    assert_close("y", y, fastsepconv.separable_conv2d(*arrays, backend="reference"))
+
+
+def test_out_of_memory_is_told_and_the_card_goes_on(arrays):
+    from fastsepconv.kernels.cuda import driver
+
+    with pytest.raises(RuntimeError, match="has no room for the"):
+        driver.allocate(2**46, "a test", driver.own_stream())
+    fastsepconv.separable_conv2d(*arrays, backend="cuda")
