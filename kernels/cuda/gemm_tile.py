@@ -95,9 +95,7 @@ def loader_a(numbers: Numbers, layout: Layout, deep: bool, tiles: int):
         r = step * depth + fragments.a_wide_row(lane)
         for i in range(tiles):
             byte = 16 * ((row + 16 * i) // per_chunk + fragments.a_wide_chunk(lane))
-            ptx.load_matrices_4_transposed(
-                registers, 4 * i, shared + fragments.place(r, byte, row_bytes, shift, mask)
-            )
+            ptx.load_matrices_4_transposed(registers, 4 * i, shared + fragments.place(r, byte, row_bytes, shift, mask))
 
     @inlined
     def load_wide_floats(registers, shared, row, step):
@@ -106,9 +104,7 @@ def loader_a(numbers: Numbers, layout: Layout, deep: bool, tiles: int):
             for j in range(4):
                 r = step * depth + fragments.a_depth(lane, j, 1)
                 byte = 4 * (row + 16 * i + fragments.a_row(lane, j))
-                registers[4 * i + j] = ptx.load_shared_32(
-                    shared + fragments.place(r, byte, row_bytes, shift, mask)
-                )
+                registers[4 * i + j] = ptx.load_shared_32(shared + fragments.place(r, byte, row_bytes, shift, mask))
 
     return load_deep if deep else load_wide_halves if numbers.itemsize == 2 else load_wide_floats
 
@@ -136,9 +132,7 @@ def loader_b(numbers: Numbers, layout: Layout, deep: bool, tiles: int):
         r = step * depth + fragments.b_wide_row(lane)
         for i in range(pairs):
             byte = 16 * (column // per_chunk + 2 * i + fragments.b_wide_chunk(lane))
-            ptx.load_matrices_4_transposed(
-                registers, 4 * i, shared + fragments.place(r, byte, row_bytes, shift, mask)
-            )
+            ptx.load_matrices_4_transposed(registers, 4 * i, shared + fragments.place(r, byte, row_bytes, shift, mask))
         if single:
             byte = 16 * (column // per_chunk + 2 * pairs + fragments.b_wide_chunk(lane & 15))
             ptx.load_matrices_2_transposed(
@@ -152,9 +146,7 @@ def loader_b(numbers: Numbers, layout: Layout, deep: bool, tiles: int):
             byte = 4 * (column + 8 * i + fragments.b_column(lane))
             for j in range(2):
                 r = step * depth + fragments.b_depth(lane, j, 1)
-                registers[2 * i + j] = ptx.load_shared_32(
-                    shared + fragments.place(r, byte, row_bytes, shift, mask)
-                )
+                registers[2 * i + j] = ptx.load_shared_32(shared + fragments.place(r, byte, row_bytes, shift, mask))
 
     return load_deep if deep else load_wide_halves if numbers.itemsize == 2 else load_wide_floats
 

@@ -2,7 +2,7 @@
 
     forward   y[m,f]    = clamp(bias[f] + sum over c of x[m,c] * w[c,f])     x `[rows,C]`, w `[C,F]`, y `[rows,F]`
     d_x       d_x[m,c]  = sum over f of dy[m,f] * w[c,f]                     dy `[rows,F]`
-    d_kernel  d_w[c,f]  = sum over m of x[m,c] * dy[m,f]                     in two kernels, see `kernel_gradient`
+    d_kernel  d_w[c,f]  = sum over m of x[m,c] * dy[m,f]                     in two stages, see `kernel_gradient`
 
 A block computes one tile of the result: for each stage of the depth a piece of A and one of B are copied to shared
 memory by cp.async, several stages ahead; warps take their fragments from there, those of the next step while the
@@ -22,12 +22,6 @@ from . import gemm_tile, ptx
 from .fragments import inlined, spread_bytes
 from .gemm_tile import NUMBERS, operand_layout
 from .tiles import GemmTile, Kernel, Launch
-
-REDUCTION_THREADS = 256
-
-
-def _ceil(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 def shared_bytes(dtype: str, tile: GemmTile, a_deep: bool, b_deep: bool, out_itemsize: int) -> int:
@@ -164,8 +158,10 @@ def forward(dtype: str, tile: GemmTile) -> Kernel:
         shared = ptx.shared_memory() + (cuda.threadIdx.x >> 5) * room
         store(sums, shared, y, 0, row + warp_row, rows, column + warp_column, columns)
 
-    def launch(rows: int, columns: int, depth: int) -> Launch:
-        return Launch((tile.count(rows, columns), 1, 1), tile.threads, shared_bytes(dtype, tile, True, False, numbers.itemsize))
+    size = shared_bytes(dtype, tile, True, False, numbers.itemsize)
+
+    def launch(rows: int, columns: int) -> Launch:
+        return Launch((tile.count(rows, columns), 1, 1), tile.threads, size)
 
     pointer = numbers.pointer
     signature = types.void(*[pointer] * 4, *[types.int32] * 4, *[types.float32] * 2)
@@ -193,8 +189,10 @@ def input_gradient(dtype: str, tile: GemmTile) -> Kernel:
         shared = ptx.shared_memory() + (cuda.threadIdx.x >> 5) * room
         store(sums, shared, d_x, 0, row + warp_row, rows, column + warp_column, columns)
 
-    def launch(rows: int, columns: int, depth: int) -> Launch:
-        return Launch((tile.count(rows, columns), 1, 1), tile.threads, shared_bytes(dtype, tile, True, True, numbers.itemsize))
+    size = shared_bytes(dtype, tile, True, True, numbers.itemsize)
+
+    def launch(rows: int, columns: int) -> Launch:
+        return Launch((tile.count(rows, columns), 1, 1), tile.threads, size)
 
     signature = types.void(*[numbers.pointer] * 3, *[types.int32] * 3)
     return Kernel(pointwise_input_gradient, signature, (tile.threads, tile.blocks), launch)
@@ -205,14 +203,13 @@ def kernel_gradient(dtype: str, tile: GemmTile) -> Kernel:
     """partials[s] = x[rows of s]^T . dy[rows of s]: kernel(x, dy, partials, rows, columns, depth, share).
 
     x `[depth,rows]`, dy `[depth,columns]`, partials `[splits,rows,columns]` float32; split s sums over the places
-    s*share up to (s+1)*share of the depth. `add_partials` adds them: the result depends on the shape alone.
+    s*share up to (s+1)*share of the depth. `partial_sums.add_partials` adds them: the result depends on the shape alone.
     Parallel over: tiles of the result, and splits. Assumes: as `forward`; share is a multiple of two steps.
     """
     numbers = NUMBERS[dtype]
     accumulate, clear = _accumulator(dtype, tile, False, False), _zeros(tile.sums)
     place, warp_place = _placing(tile)
-    store_bytes = 16 if tile.copy_bytes == 16 else 4
-    store = gemm_tile.storer(4, "float32", tile.row_tiles, tile.column_tiles, store_bytes)
+    store = gemm_tile.storer(4, "float32", tile.row_tiles, tile.column_tiles, tile.copy_bytes)
     count, room = tile.sums, 16 * spread_bytes(8 * tile.column_tiles, 4)
 
     def pointwise_kernel_gradient(x, dy, partials, rows, columns, depth, share):
@@ -226,9 +223,10 @@ def kernel_gradient(dtype: str, tile: GemmTile) -> Kernel:
         start = cuda.blockIdx.y * rows * columns
         store(sums, shared, partials, start, row + warp_row, rows, column + warp_column, columns)
 
+    size = shared_bytes(dtype, tile, False, False, 4)
+
     def launch(rows: int, columns: int, depth: int, share: int) -> Launch:
-        grid = (tile.count(rows, columns), _ceil(depth, share), 1)
-        return Launch(grid, tile.threads, shared_bytes(dtype, tile, False, False, 4))
+        return Launch((tile.count(rows, columns), -(-depth // share), 1), tile.threads, size)
 
     signature = types.void(*[numbers.pointer] * 2, types.CPointer(types.float32), *[types.int32] * 4)
     return Kernel(pointwise_kernel_gradient, signature, (tile.threads, tile.blocks), launch)

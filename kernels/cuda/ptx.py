@@ -226,9 +226,7 @@ store_shared_128 = _instruction("st.shared.v4.b32 [$0], {$1, $2, $3, $4};", Inte
 
 # (registers, i, wanted, pointer, offset): 16 bytes; and (wanted, pointer, offset) -> 32 or 16 bits
 load_global_128 = _filling(
-    _if_wanted(
-        "$4", "ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$5];", "".join(f"mov.b32 ${i}, 0; " for i in range(4))
-    ),
+    _if_wanted("$4", "ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$5];", "".join(f"mov.b32 ${i}, 0; " for i in range(4))),
     Registers(4),
     Integer(),
     Address(),

@@ -1,0 +1,396 @@
+"""Runs the kernels of the fast tier without a card: their own Python text, on an emulation of the instructions.
+
+A block runs in lockstep: every value is a NumPy array with one element a thread, so that the text, which has no
+branches that depend on the thread, runs once for all of them. What `ptx` and `cuda` offer is replaced by what the PTX
+ISA says of it, and by a watch over everything that a card would leave undefined or slow:
+
+- device memory is read and written within its bounds and on its alignment, and results are written once;
+- shared memory: what one thread writes and another uses has a barrier between (of the warp, if it is the same warp),
+  in both orders; copies under way leave NaN until they are waited for;
+- banks: what the lanes of a warp access together falls on different banks, else it is counted.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import ml_dtypes
+import numpy as np
+
+WARP = 32
+BASE = 1024  # address at which the dynamic shared memory begins
+
+
+class Memory:
+    """An array in device memory."""
+
+    def __init__(self, array: np.ndarray):
+        self.array = array
+        self.flat = array.reshape(-1)
+        self.bytes = self.flat.view(np.uint8)
+        self.written = np.zeros(self.bytes.size, np.uint8)
+
+    def addresses(self, offset, size: int, threads: int) -> np.ndarray:
+        start = np.broadcast_to(np.asarray(offset, np.int64) * self.flat.itemsize, (threads,))
+        return start[:, None] + np.arange(size)
+
+    def check(self, addresses: np.ndarray, alignment: int) -> None:
+        if addresses.size:
+            assert addresses.min() >= 0, "device memory before an array"
+            assert addresses.max() < self.bytes.size, "device memory past an array"
+            assert not (addresses[:, 0] % alignment).any(), "device memory off its alignment"
+
+
+class Registers:
+    """A local array."""
+
+    def __init__(self, count: int, dtype, threads: int):
+        self.rows = np.zeros((count, threads), dtype)
+
+    def __getitem__(self, i):
+        return self.rows[i].copy()
+
+    def __setitem__(self, i, value):
+        self.rows[i] = value
+
+
+class SharedMemory:
+    """A block's shared memory, word by word, with who touched it since which barrier."""
+
+    def __init__(self, size: int, threads: int):
+        self.bytes = np.full(size, 0xFF, np.uint8)
+        words, warps = size // 4, -(-threads // WARP)
+        self.writer = np.full(words, -1)
+        self.write_epoch, self.write_sync = np.full(words, -1), np.full(words, -1)
+        self.reader = np.full((words, warps), -1)
+        self.read_epoch, self.read_sync = np.full((words, warps), -1), np.full((words, warps), -1)
+        self.epoch = self.sync = 0
+        self.conflicts: dict[str, int] = {}
+
+    def barrier(self):
+        self.epoch += 1
+        self.sync += 1
+
+    def warp_barrier(self):
+        self.sync += 1
+
+    def words(self, addresses, size: int) -> np.ndarray:
+        at = np.asarray(addresses, np.int64) - BASE
+        assert at.min(initial=0) >= 0 and at.max(initial=0) + size <= self.bytes.size, "past shared memory"
+        assert not (at % size).any(), "shared memory off its alignment"
+        return at[:, None] // 4 + np.arange(size // 4)
+
+    def note_read(self, words, threads):
+        threads = np.broadcast_to(threads[:, None], words.shape).ravel()
+        words, warps = words.ravel(), threads // WARP
+        fresh, other = self.write_epoch[words] == self.epoch, self.writer[words] != threads
+        elsewhere = self.writer[words] // WARP != warps
+        unsynced = elsewhere | (self.write_sync[words] == self.sync)
+        assert not (fresh & other & unsynced).any(), "read what another thread wrote, with no barrier between"
+        self.reader[words, warps] = threads
+        self.read_epoch[words, warps], self.read_sync[words, warps] = self.epoch, self.sync
+
+    def note_write(self, words, threads):
+        threads = np.broadcast_to(threads[:, None], words.shape).ravel()
+        words, warps = words.ravel(), threads // WARP
+        assert np.unique(words).size == words.size, "two threads write one place"
+        read = self.read_epoch[words] == self.epoch
+        read[np.arange(words.size), warps] &= self.read_sync[words, warps] == self.sync
+        read[np.arange(words.size), warps] &= self.reader[words, warps] != threads
+        assert not read.any(), "overwrote what another thread read, with no barrier between"
+        fresh, other = self.write_epoch[words] == self.epoch, self.writer[words] != threads
+        unsynced = (self.writer[words] // WARP != warps) | (self.write_sync[words] == self.sync)
+        assert not (fresh & other & unsynced).any(), "overwrote what another thread wrote, with no barrier between"
+        self.writer[words], self.write_epoch[words], self.write_sync[words] = threads, self.epoch, self.sync
+
+    def count_conflicts(self, kind: str, addresses, threads, size: int):
+        """Adds the passes beyond the first that each group of lanes, moving 128 bytes at most, takes."""
+        lanes = WARP * 4 // size if size > 4 else WARP
+        group, words = threads // lanes, (np.asarray(addresses, np.int64) - BASE) // 4
+        for g in np.unique(group):
+            touched = np.unique(words[group == g][:, None] + np.arange(size // 4))
+            worst = np.bincount(touched % 32).max(initial=1)
+            self.conflicts[kind] = self.conflicts.get(kind, 0) + int(worst) - 1
+
+
+class Block:
+    """One block of a launch: what stands for `cuda` and for `ptx`."""
+
+    def __init__(self, block: tuple[int, int], threads: int, shared_bytes: int):
+        self.threads = threads
+        self.lanes = np.arange(threads)
+        self.shared = SharedMemory(shared_bytes, threads)
+        self.started: list = []
+        self.groups: list[list] = []
+        self.cuda = SimpleNamespace(
+            threadIdx=SimpleNamespace(x=self.lanes),
+            blockIdx=SimpleNamespace(x=block[0], y=block[1]),
+            local=SimpleNamespace(array=lambda count, dtype: Registers(count, np.dtype(str(dtype)), threads)),
+            syncthreads=self.shared.barrier,
+            syncwarp=self.shared.warp_barrier,
+        )
+        names = [name for name in dir(Instructions) if not name.startswith("_")]
+        instructions = Instructions(self)
+        self.ptx = SimpleNamespace(**{name: getattr(instructions, name) for name in names})
+
+    def each(self, value, dtype=np.int64) -> np.ndarray:
+        """The value in each thread."""
+        return np.broadcast_to(np.asarray(value).astype(dtype), (self.threads,))
+
+
+def _bits(value) -> np.ndarray:
+    return np.asarray(value, np.float32).view(np.uint32)
+
+
+def _float(bits) -> np.ndarray:
+    return np.asarray(bits).astype(np.uint32).view(np.float32)
+
+
+def _toward_zero(exact: np.ndarray) -> np.ndarray:
+    """float64 to float32 with the rest cut off, as tensor cores do with their sums."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        near = exact.astype(np.float32)
+        return np.where(np.abs(near) > np.abs(exact), np.nextafter(near, np.float32(0)), near)
+
+
+class Instructions:
+    """The functions of `ptx`, for all threads of a block at once."""
+
+    def __init__(self, block: Block):
+        self._block, self._shared = block, block.shared
+
+    def shared_memory(self):
+        return np.uint32(BASE)
+
+    # Copies
+
+    def _copy(self, width, wanted, shared, pointer, offset, size):
+        block = self._block
+        wanted, target, size = block.each(wanted, bool), block.each(shared), block.each(size)
+        assert ((size >= 0) & (size <= width)).all(), "a copy of more bytes than its width"
+        data = np.zeros((block.threads, width), np.uint8)
+        addresses = pointer.addresses(offset, width, block.threads)
+        inside = wanted[:, None] & (np.arange(width) < size[:, None])
+        pointer.check(addresses[inside.any(1)][:, :1], width)
+        pointer.check(addresses[inside][:, None], 1)
+        data[inside] = pointer.bytes[addresses[inside]]
+        words = self._shared.words(target[wanted], width)
+        self._shared.note_write(words, block.lanes[wanted])
+        self._shared.bytes.view(np.uint32)[words] = 0xFFFFFFFF
+        self._shared.count_conflicts("copy", target[wanted], block.lanes[wanted], width)
+        block.started.append((words, data[wanted].view(np.uint32), block.lanes[wanted]))
+
+    def copy_async_16(self, *arguments):
+        self._copy(16, *arguments)
+
+    def copy_async_8(self, *arguments):
+        self._copy(8, *arguments)
+
+    def copy_async_4(self, *arguments):
+        self._copy(4, *arguments)
+
+    def commit_copies(self):
+        self._block.groups.append(self._block.started)
+        self._block.started = []
+
+    def wait_copies(self, groups):
+        landing = self._block.groups[: len(self._block.groups) - groups]
+        self._block.groups = self._block.groups[len(landing) :]
+        for words, data, threads in [copy for group in landing for copy in group]:
+            self._shared.note_write(words, threads)
+            self._shared.bytes.view(np.uint32)[words] = data
+
+    # Shared memory
+
+    def _matrices(self, count, transposed, registers, i, shared):
+        block = self._block
+        addresses = block.each(shared).reshape(-1, WARP)[:, : 8 * count]
+        threads = block.lanes.reshape(-1, WARP)[:, : 8 * count]
+        words = self._shared.words(addresses.ravel(), 16)
+        self._shared.note_read(words, threads.ravel())
+        # Eight lanes name the rows of one matrix, and are served together, whatever the count.
+        self._shared.count_conflicts("matrix", addresses.ravel(), threads.ravel(), 16)
+        rows = self._shared.bytes.view(np.uint32)[words].view(np.uint16).reshape(-1, count, 8, 8)
+        matrices = rows.swapaxes(2, 3) if transposed else rows
+        pairs = np.ascontiguousarray(matrices).view(np.uint32).reshape(-1, count, WARP)  # lane = 4*row + pair of row
+        for j in range(count):
+            registers[i + j] = pairs[:, j].ravel()
+
+    def load_matrices_4(self, *arguments):
+        self._matrices(4, False, *arguments)
+
+    def load_matrices_2(self, *arguments):
+        self._matrices(2, False, *arguments)
+
+    def load_matrices_4_transposed(self, *arguments):
+        self._matrices(4, True, *arguments)
+
+    def load_matrices_2_transposed(self, *arguments):
+        self._matrices(2, True, *arguments)
+
+    def _load_shared(self, shared, size):
+        addresses = self._block.each(shared)
+        words = self._shared.words(addresses, size)
+        self._shared.note_read(words, self._block.lanes)
+        self._shared.count_conflicts(f"load{8 * size}", addresses, self._block.lanes, size)
+        return self._shared.bytes.view(np.uint32)[words]
+
+    def load_shared_32(self, shared):
+        return self._load_shared(shared, 4)[:, 0]
+
+    def load_shared_128(self, registers, i, shared):
+        registers.rows[i : i + 4] = self._load_shared(shared, 16).T
+
+    def _store_shared(self, shared, *values):
+        addresses, size = self._block.each(shared), 4 * len(values)
+        words = self._shared.words(addresses, size)
+        self._shared.note_write(words, self._block.lanes)
+        self._shared.count_conflicts(f"store{8 * size}", addresses, self._block.lanes, size)
+        self._shared.bytes.view(np.uint32)[words] = np.stack([self._block.each(v, np.uint32) for v in values], 1)
+
+    def store_shared_32(self, shared, value):
+        self._store_shared(shared, value)
+
+    def store_shared_64(self, shared, first, second):
+        self._store_shared(shared, first, second)
+
+    def store_shared_128(self, shared, registers, i):
+        self._store_shared(shared, *registers.rows[i : i + 4])
+
+    # Device memory
+
+    def _load_global(self, size, wanted, pointer, offset):
+        wanted = self._block.each(wanted, bool)
+        addresses = pointer.addresses(offset, size, self._block.threads)
+        pointer.check(addresses[wanted], size)
+        data = np.zeros((self._block.threads, size), np.uint8)
+        data[wanted] = pointer.bytes[addresses[wanted]]
+        return data
+
+    def load_global_128(self, registers, i, wanted, pointer, offset):
+        registers.rows[i : i + 4] = self._load_global(16, wanted, pointer, offset).view(np.uint32).T
+
+    def load_global_32(self, wanted, pointer, offset):
+        return self._load_global(4, wanted, pointer, offset).view(np.uint32)[:, 0]
+
+    def load_global_16(self, wanted, pointer, offset):
+        return self._load_global(2, wanted, pointer, offset).view(np.uint16)[:, 0]
+
+    def _store_global(self, wanted, pointer, offset, values):
+        wanted, size = self._block.each(wanted, bool), values.dtype.itemsize * values.shape[1]
+        addresses = pointer.addresses(offset, size, self._block.threads)[wanted]
+        pointer.check(addresses, size)
+        np.add.at(pointer.written, addresses, 1)
+        pointer.bytes[addresses] = np.ascontiguousarray(values).view(np.uint8)[wanted]
+
+    def store_global_128(self, wanted, pointer, offset, registers, i):
+        self._store_global(wanted, pointer, offset, np.ascontiguousarray(registers.rows[i : i + 4].T))
+
+    def store_global_32(self, wanted, pointer, offset, value):
+        self._store_global(wanted, pointer, offset, self._block.each(value, np.uint32)[:, None])
+
+    def store_global_16(self, wanted, pointer, offset, value):
+        self._store_global(wanted, pointer, offset, self._block.each(value, np.uint16)[:, None])
+
+    # Products
+
+    def _multiply(self, per_register, decode, sums, i, a, j, b, k):
+        """D = A.B + C by the fragment tables of the ISA: A 16 rows, B 8 columns, 8 * per_register deep."""
+        warps, depth = self._block.threads // WARP, 8 * per_register
+        group, place = np.arange(WARP) // 4, np.arange(WARP) % 4
+        left, right = np.empty((warps, 16, depth)), np.empty((warps, depth, 8))
+        for register, values in enumerate(decode(a.rows[j : j + 4])):  # [per_register, threads]
+            for part in range(per_register):
+                columns = place * per_register + part + (depth // 2 if register >= 2 else 0)
+                left[:, group + 8 * (register % 2), columns] = values[part].reshape(warps, WARP)
+        for register, values in enumerate(decode(b.rows[k : k + 2])):
+            for part in range(per_register):
+                rows = place * per_register + part + (depth // 2) * register
+                right[:, rows, group] = values[part].reshape(warps, WARP)
+        with np.errstate(invalid="ignore"):
+            product = left @ right
+        for register in range(4):
+            rows, columns = group + 8 * (register // 2), 2 * place + register % 2
+            before = sums.rows[i + register].reshape(warps, WARP).astype(np.float64)
+            sums.rows[i + register] = _toward_zero(before + product[:, rows, columns]).ravel()
+
+    def multiply_tf32(self, *arguments):
+        def decode(registers):
+            assert not (registers & 0x1FFF).any() or np.isnan(_float(registers)).any(), "not rounded to tf32"
+            return [[_float(register).astype(np.float64)] for register in registers]
+
+        self._multiply(1, decode, *arguments)
+
+    def multiply_bf16(self, *arguments):
+        self._multiply(2, lambda rows: [[self.low_bf16(r), self.high_bf16(r)] for r in rows], *arguments)
+
+    def multiply_f16(self, *arguments):
+        self._multiply(2, lambda rows: [[self.low_f16(r), self.high_f16(r)] for r in rows], *arguments)
+
+    # Numbers
+
+    def bits_of(self, value):
+        return _bits(value)
+
+    def float_of(self, bits):
+        return _float(bits)
+
+    def round_tf32(self, value):
+        bits = _bits(value)
+        return np.where(np.isfinite(value), (bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000), bits)
+
+    def _pack(self, dtype, low, high):
+        with np.errstate(over="ignore"):
+            parts = [np.asarray(v, np.float32).astype(dtype).view(np.uint16).astype(np.uint32) for v in (low, high)]
+        return parts[0] | parts[1] << 16
+
+    def pack_bf16(self, low, high):
+        return self._pack(ml_dtypes.bfloat16, low, high)
+
+    def pack_f16(self, low, high):
+        return self._pack(np.float16, low, high)
+
+    def low_bf16(self, bits):
+        return _float(np.asarray(bits).astype(np.uint32) << 16)
+
+    def high_bf16(self, bits):
+        return _float(np.asarray(bits).astype(np.uint32) & np.uint32(0xFFFF0000))
+
+    def _half(self, bits):
+        return np.asarray(bits).astype(np.uint16).view(np.float16).astype(np.float32)
+
+    def low_f16(self, bits):
+        return self._half(np.asarray(bits) & 0xFFFF)
+
+    def high_f16(self, bits):
+        return self._half(np.asarray(bits).astype(np.uint32) >> 16)
+
+
+def run(modules, factory, factory_arguments, sizes, arguments) -> SimpleNamespace:
+    """Runs the kernel that `factory(*factory_arguments)` makes, launched for `sizes`, and gives what was watched.
+
+    `modules` are those whose `cuda` and `ptx` the kernel uses; arrays among the arguments become device memory, whose
+    present contents count as unwritten. Gives the bank conflicts by kind, and the largest number of times that a
+    byte of each array was written.
+    """
+    memories = [Memory(a) if isinstance(a, np.ndarray) else a for a in arguments]
+    kernel = factory.__wrapped__(*factory_arguments)
+    launch = kernel.launch(*sizes)
+    assert kernel.launch_bounds[0] == launch.block
+    conflicts: dict[str, int] = {}
+    for y in range(launch.grid[1]):
+        for x in range(launch.grid[0]):
+            block = Block((x, y), launch.block, launch.shared_bytes)
+            with ExitStack() as stack:
+                for module in modules:
+                    stack.enter_context(patch.object(module, "cuda", block.cuda))
+                    stack.enter_context(patch.object(module, "ptx", block.ptx))
+                # Made anew, since what a kernel is composed of is looked up when it is made.
+                factory.__wrapped__(*factory_arguments).function(*memories)
+            assert not any(block.groups) and not block.started, "copies left under way"
+            for kind, count in block.shared.conflicts.items():
+                conflicts[kind] = conflicts.get(kind, 0) + count
+    written = [int(m.written.max(initial=0)) for m in memories if isinstance(m, Memory)]
+    return SimpleNamespace(conflicts=conflicts, written=written, launch=launch)
