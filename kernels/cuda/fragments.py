@@ -23,6 +23,20 @@ WARP = 32
 inlined = register_jitable(forceinline=True)
 
 
+def in_turn(steps):
+    """run(state): runs every step on the state, a loop unrolled by hand where the compiler would keep it rolled."""
+    if len(steps) == 1:
+        return steps[0]
+    first, second = in_turn(steps[: len(steps) // 2]), in_turn(steps[len(steps) // 2 :])
+
+    @inlined
+    def run(state):
+        first(state)
+        second(state)
+
+    return run
+
+
 def select(condition, chosen, otherwise):
     """`chosen` where the condition holds, else `otherwise`."""
     return np.where(condition, chosen, otherwise)

@@ -7,6 +7,7 @@ A stage of the pipeline holds two steps, a step being what one matrix product ea
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -49,6 +50,7 @@ def operand_layout(numbers: Numbers, deep: bool, outer: int) -> Layout:
     return fragments.wide_layout(2 * numbers.step, outer, numbers.itemsize)
 
 
+@cache
 def copier(numbers: Numbers, layout: Layout, copy_bytes: int, threads: int):
     """copy(shared, pointer, row, rows, column, columns, stride): starts this thread's share of a tile's copies.
 
@@ -76,6 +78,7 @@ def copier(numbers: Numbers, layout: Layout, copy_bytes: int, threads: int):
     return copy
 
 
+@cache
 def loader_a(numbers: Numbers, layout: Layout, deep: bool, tiles: int):
     """load(registers, shared, row, step): this lane's part of A, `tiles` fragments of 16 rows from `row` on."""
     _, _, row_bytes, shift, mask = layout
@@ -109,6 +112,7 @@ def loader_a(numbers: Numbers, layout: Layout, deep: bool, tiles: int):
     return load_deep if deep else load_wide_halves if numbers.itemsize == 2 else load_wide_floats
 
 
+@cache
 def loader_b(numbers: Numbers, layout: Layout, deep: bool, tiles: int):
     """load(registers, shared, column, step): this lane's part of B, `tiles` fragments of 8 columns from `column` on."""
     _, _, row_bytes, shift, mask = layout
@@ -151,6 +155,7 @@ def loader_b(numbers: Numbers, layout: Layout, deep: bool, tiles: int):
     return load_deep if deep else load_wide_halves if numbers.itemsize == 2 else load_wide_floats
 
 
+@cache
 def multiplier(numbers: Numbers, row_tiles: int, column_tiles: int):
     """multiply(sums, a, b): sums += a.b for the warp's fragments, one step deep; a and b may be overwritten."""
     if numbers.name == "float32":
@@ -212,6 +217,7 @@ def _multiplier_three_products(row_tiles: int, column_tiles: int):
     return multiply
 
 
+@cache
 def storer(itemsize: int, kind: str, row_tiles: int, column_tiles: int, store_bytes: int):
     """store(sums, shared, out, start, row, rows, column, columns): the warp's results to out[start + row*columns + ...].
 
@@ -258,6 +264,7 @@ def storer(itemsize: int, kind: str, row_tiles: int, column_tiles: int, store_by
     return store
 
 
+@cache
 def finisher(numbers: Numbers, row_tiles: int, column_tiles: int):
     """finish(sums, bias, has_bias, column, columns, low, high): sums = clamp(sums + bias)."""
     itemsize, kind = numbers.itemsize, numbers.name

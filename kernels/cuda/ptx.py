@@ -224,14 +224,23 @@ store_shared_32 = _instruction("st.shared.b32 [$0], $1;", Integer(), Integer(), 
 store_shared_64 = _instruction("st.shared.v2.b32 [$0], {$1, $2};", Integer(), Integer(), Integer(), effect=True)
 store_shared_128 = _instruction("st.shared.v4.b32 [$0], {$1, $2, $3, $4};", Integer(), Registers(4), effect=True)
 
-# (registers, i, wanted, pointer, offset): 16 bytes; and (wanted, pointer, offset) -> 32 or 16 bits
-load_global_128 = _filling(
-    _if_wanted("$4", "ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$5];", "".join(f"mov.b32 ${i}, 0; " for i in range(4))),
-    Registers(4),
-    Integer(),
-    Address(),
-    effect=True,
-)
+def _load_global(count: int):
+    zeros = "".join(f"mov.b32 ${i}, 0; " for i in range(count))
+    targets = ", ".join(f"${i}" for i in range(count))
+    action = f"ld.global.nc.v{count}.b32 {{{targets}}}, [${count + 1}];"
+    return _filling(_if_wanted(f"${count}", action, zeros), Registers(count), Integer(), Address(), effect=True)
+
+
+def _store_global(count: int):
+    values = ", ".join(f"${2 + i}" for i in range(count))
+    text = _if_wanted("$0", f"st.global.v{count}.b32 [$1], {{{values}}};")
+    return _instruction(text, Integer(), Address(), Registers(count), effect=True)
+
+
+# (registers, i, wanted, pointer, offset): 16 or 8 bytes; and (wanted, pointer, offset) -> 32 or 16 bits.
+# What is loaded so does not change while the kernel runs.
+load_global_128 = _load_global(4)
+load_global_64 = _load_global(2)
 load_global_32 = _instruction(
     _if_wanted("$1", "ld.global.nc.b32 $0, [$2];", "mov.b32 $0, 0;"),
     Integer(),
@@ -248,9 +257,8 @@ load_global_16 = _instruction(
 )
 
 # (wanted, pointer, offset, registers, i) and (wanted, pointer, offset, value)
-store_global_128 = _instruction(
-    _if_wanted("$0", "st.global.v4.b32 [$1], {$2, $3, $4, $5};"), Integer(), Address(), Registers(4), effect=True
-)
+store_global_128 = _store_global(4)
+store_global_64 = _store_global(2)
 store_global_32 = _instruction(
     _if_wanted("$0", "st.global.b32 [$1], $2;"), Integer(), Address(), Integer(), effect=True
 )

@@ -9,6 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from .fragments import inlined
+
 REFERENCE_MULTIPROCESSORS = 132  # of an H100 or H200 (SXM)
 
 
@@ -97,7 +101,7 @@ _UNALIGNED = _SMALL._replace(
 
 POINTWISE: dict[str, tuple[GemmTile, ...]] = {
     "float32": (_WIDE_FLOAT, _NARROW_FLOAT, _SMALL._replace(blocks=3), _UNALIGNED),
-    "tf32": (_WIDE, _NARROW, _SMALL, _UNALIGNED),
+    "tf32": (_WIDE, _NARROW, _SMALL),  # unaligned rows take float32's kernel, whose copies cost more than its products
     "bfloat16": (_WIDE, _NARROW, _SMALL, _UNALIGNED),
     "float16": (_WIDE, _NARROW, _SMALL, _UNALIGNED),
 }
@@ -129,3 +133,70 @@ def kernel_gradient_share(tile: GemmTile, rows: int, columns: int, depth: int) -
     """Places of the depth that one split sums: two blocks for every multiprocessor, at least 256 places each."""
     splits = max(1, min(2 * REFERENCE_MULTIPROCESSORS // tile.count(rows, columns), depth // 256))
     return -(-depth // splits // 32) * 32
+
+
+DEPTHWISE_THREADS = 128
+
+
+class WindowTile(NamedTuple):
+    """A depthwise kernel with its window in registers."""
+
+    taps: int  # along the height and the width
+    stride: int
+    width: int  # channels a thread
+    blocks: int
+    reason: str
+
+    @property
+    def slots(self) -> int:
+        """Outputs of a row that one column of input may belong to."""
+        return -(-self.taps // self.stride)
+
+    def segments(self, out_width: int) -> int:
+        """Pieces that a row of the output is cut into: of 20 pixels at most, for the two columns more that each reads."""
+        return -(-out_width // 20)
+
+    def groups(self, out_width: int) -> int:
+        """Rounds of the slots that a segment takes."""
+        share = -(-out_width // self.segments(out_width))
+        return -(-((share - 1) * self.stride + self.taps) // (self.slots * self.stride))
+
+    def channel_bits(self, channels: int) -> int:
+        """log2 of the threads of a block that stand side by side along the channels: a warp, or fewer if they do."""
+        return min(5, (-(-channels // self.width) - 1).bit_length())
+
+    def count(self, rows: int, channels: int, segments: int) -> int:
+        bits = self.channel_bits(channels)
+        across = -(-channels // (self.width << bits))
+        return across * segments * -(-rows // (DEPTHWISE_THREADS >> bits))
+
+
+    def gradient_plan(self, rows: int, channels: int, width: int) -> GradientPlan:
+        """How the backward pass shares the `rows` of all images: twice as many blocks as the card holds, no more."""
+        segments, bits = self.segments(width), self.channel_bits(channels)
+        side = DEPTHWISE_THREADS >> bits
+        room = 2 * self.blocks * REFERENCE_MULTIPROCESSORS
+        repeat = max(1, self.count(rows, channels, segments) // room)
+        strip = -(-rows // (repeat * side)) * side
+        groups = -(-(-(-width // segments) + self.taps - 1) // self.taps)
+        return GradientPlan(groups, segments, bits, strip, strip // side * segments)
+
+
+class GradientPlan(NamedTuple):
+    """The backward pass's sizes; `splits` partial sums come of it."""
+
+    groups: int
+    segments: int
+    channel_bits: int
+    strip: int
+    splits: int
+
+
+@inlined
+def window_place(block, thread, rows, channels, segments, channel_bits, width):
+    """(first channel, row, segment) of a thread: blocks follow each other along channels, then rows, then segments."""
+    across = (channels + (width << channel_bits) - 1) // (width << channel_bits)
+    down = (rows + (DEPTHWISE_THREADS >> channel_bits) - 1) // (DEPTHWISE_THREADS >> channel_bits)
+    vector = (block % across << channel_bits) + (thread & ((1 << channel_bits) - 1))
+    row = block // across % down * (DEPTHWISE_THREADS >> channel_bits) + (thread >> channel_bits)
+    return np.int32(vector * width), np.int32(row), np.int32(block // across // down)

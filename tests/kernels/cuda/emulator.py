@@ -272,6 +272,9 @@ class Instructions:
     def load_global_128(self, registers, i, wanted, pointer, offset):
         registers.rows[i : i + 4] = self._load_global(16, wanted, pointer, offset).view(np.uint32).T
 
+    def load_global_64(self, registers, i, wanted, pointer, offset):
+        registers.rows[i : i + 2] = self._load_global(8, wanted, pointer, offset).view(np.uint32).T
+
     def load_global_32(self, wanted, pointer, offset):
         return self._load_global(4, wanted, pointer, offset).view(np.uint32)[:, 0]
 
@@ -287,6 +290,9 @@ class Instructions:
 
     def store_global_128(self, wanted, pointer, offset, registers, i):
         self._store_global(wanted, pointer, offset, np.ascontiguousarray(registers.rows[i : i + 4].T))
+
+    def store_global_64(self, wanted, pointer, offset, registers, i):
+        self._store_global(wanted, pointer, offset, np.ascontiguousarray(registers.rows[i : i + 2].T))
 
     def store_global_32(self, wanted, pointer, offset, value):
         self._store_global(wanted, pointer, offset, self._block.each(value, np.uint32)[:, None])
@@ -368,6 +374,14 @@ class Instructions:
         return self._half(np.asarray(bits).astype(np.uint32) >> 16)
 
 
+def clear_caches(modules) -> None:
+    """Forgets the functions that the modules made: they hold the instructions that they were made with."""
+    for module in modules:
+        for value in vars(module).values():
+            if hasattr(value, "cache_clear"):
+                value.cache_clear()
+
+
 def run(modules, factory, factory_arguments, sizes, arguments) -> SimpleNamespace:
     """Runs the kernel that `factory(*factory_arguments)` makes, launched for `sizes`, and gives what was watched.
 
@@ -375,8 +389,9 @@ def run(modules, factory, factory_arguments, sizes, arguments) -> SimpleNamespac
     present contents count as unwritten. Gives the bank conflicts by kind, and the largest number of times that a
     byte of each array was written.
     """
+    clear_caches(modules)
     memories = [Memory(a) if isinstance(a, np.ndarray) else a for a in arguments]
-    kernel = factory.__wrapped__(*factory_arguments)
+    kernel = factory(*factory_arguments)
     launch = kernel.launch(*sizes)
     assert kernel.launch_bounds[0] == launch.block
     conflicts: dict[str, int] = {}
@@ -385,12 +400,14 @@ def run(modules, factory, factory_arguments, sizes, arguments) -> SimpleNamespac
             block = Block((x, y), launch.block, launch.shared_bytes)
             with ExitStack() as stack:
                 for module in modules:
-                    stack.enter_context(patch.object(module, "cuda", block.cuda))
-                    stack.enter_context(patch.object(module, "ptx", block.ptx))
+                    stack.enter_context(patch.object(module, "cuda", block.cuda, create=True))
+                    stack.enter_context(patch.object(module, "ptx", block.ptx, create=True))
                 # Made anew, since what a kernel is composed of is looked up when it is made.
-                factory.__wrapped__(*factory_arguments).function(*memories)
+                clear_caches(modules)
+                factory(*factory_arguments).function(*memories)
             assert not any(block.groups) and not block.started, "copies left under way"
             for kind, count in block.shared.conflicts.items():
                 conflicts[kind] = conflicts.get(kind, 0) + count
+    clear_caches(modules)
     written = [int(m.written.max(initial=0)) for m in memories if isinstance(m, Memory)]
     return SimpleNamespace(conflicts=conflicts, written=written, launch=launch)

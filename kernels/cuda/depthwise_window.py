@@ -1,0 +1,307 @@
+"""Depthwise convolution with the window in registers: a thread holds a few channels and slides along the width.
+
+    forward    y[n,p,q,c]   = clamp(bias[c] + sum over r, s of x[n, p*v + r - top, q*v + s - left, c] * w[r,s,c])
+    d_x        d_x[n,h,w,c] = sum over r, s of dy[n, h + top - r, w + left - s, c] * w[r,s,c]
+    d_kernel   d_w[r,s,c]   = sum over n, p, q of dy[n,p,q,c] * x[n, p + r - top, q + s - left, c]
+
+x `[N,H,W,C]`, w `[R,S,C]`, y and dy `[N,P,Q,C]`; v is the stride. The taps stay in registers. Each column of the input
+is loaded once a row of taps and added to the outputs it belongs to, whose sums wait in slots that are taken in turn;
+the turns are unrolled, so that no register is ever moved. Threads of a warp hold neighbouring channels (whole lines of
+memory), those of a block neighbouring rows of the image (whose inputs overlap: they meet in L1).
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+from numba import cuda, types
+
+from . import channel_vectors, ptx
+from .fragments import between, in_turn, inlined, select
+from .tiles import DEPTHWISE_THREADS, REFERENCE_MULTIPROCESSORS, Kernel, Launch, WindowTile, window_place
+
+THREADS = DEPTHWISE_THREADS
+
+
+@cache
+def _tap_loader(dtype: str, width: int, taps: int):
+    """load_taps((numbers, wanted, w, channel, channels)): all taps of the thread's channels, float32."""
+    load, unpack = channel_vectors.loader(dtype, width), channel_vectors.unpacker(dtype, width)
+    held = channel_vectors.register_count(dtype, width)
+
+    def step(tap):
+        @inlined
+        def load_tap(state):
+            numbers, wanted, w, channel, channels = state
+            registers = cuda.local.array(held, types.uint32)
+            load(registers, wanted, w, tap * channels + channel)
+            unpack(numbers, tap * width, registers)
+
+        return load_tap
+
+    return in_turn([step(tap) for tap in range(taps)])
+
+
+@cache
+def forward(dtype: str, tile: WindowTile, relu: bool = False) -> Kernel:
+    """The forward pass, of max(x, 0) instead of x if `relu`.
+
+    kernel(x, w, bias, y, rows, height, width, channels, out_height, out_width, top, left, groups, segments,
+           channel_bits, has_bias, low, high), where rows = N*P; groups, segments and channel_bits are the tile's.
+    Parallel over: channels, rows of y, and segments of a row. Assumes: C is a multiple of `tile.width`, dilation 1.
+    """
+    taps, stride, vector, slots = tile.taps, tile.stride, tile.width, tile.slots
+    columns = slots * stride  # of input in one round of the slots
+    held, sums_count, taps_count = channel_vectors.register_count(dtype, vector), slots * vector, taps * taps * vector
+    load, unpack = channel_vectors.loader(dtype, vector), channel_vectors.unpacker(dtype, vector)
+    pack, store = channel_vectors.packer(dtype, vector), channel_vectors.storer(dtype, vector)
+    load_taps = _tap_loader(dtype, vector, taps * taps)
+
+    def add_row(phase, row):
+        """Loads the input under one row of taps in column `phase` of a round, and adds it to its outputs."""
+
+        @inlined
+        def add(state):
+            group, (sums, weights, _), (x, source, mine, above, before, height, width, channels), _ = state
+            registers = cuda.local.array(held, types.uint32)
+            inputs = cuda.local.array(vector, types.float32)
+            at = np.int32(group * columns + phase)
+            inside = (before + at >= 0) & (before + at < width) & (above + row >= 0) & (above + row < height)
+            load(registers, mine & inside, x, source + (np.int64(row) * width + at) * channels)
+            unpack(inputs, 0, registers)
+            if relu:
+                for i in range(vector):
+                    inputs[i] = select(inputs[i] < np.float32(0), np.float32(0), inputs[i])
+            for back in range(slots):
+                column = phase % stride + back * stride
+                if column < taps:
+                    slot = (phase // stride - back + slots) % slots
+                    for i in range(vector):
+                        sums[slot * vector + i] += inputs[i] * weights[(row * taps + column) * vector + i]
+
+        return add
+
+    def finish(phase):
+        """Writes the output whose last column of taps lies on column `phase` of a round, and empties its slot."""
+        slot, back = (phase - (taps - 1)) // stride % slots * vector, (phase - (taps - 1)) // stride
+
+        @inlined
+        def write(state):
+            group, (sums, _, added), (_, _, mine, _, _, _, _, channels), (y, target, count, low, high) = state
+            registers = cuda.local.array(held, types.uint32)
+            for i in range(vector):
+                sums[slot + i] = between(sums[slot + i] + added[i], low, high)
+            pack(registers, sums, slot)
+            for i in range(vector):
+                sums[slot + i] = np.float32(0)
+            done = np.int32(group * slots + back)
+            store(registers, mine & (done >= 0) & (done < count), y, target + np.int64(done) * channels)
+
+        return write
+
+    steps = []
+    for phase in range(columns):
+        steps += [add_row(phase, row) for row in range(taps)]
+        steps += [finish(phase)] * ((phase - (taps - 1)) % stride == 0)
+    run_round = in_turn(steps)
+
+    @inlined
+    def load_bias(added, wanted, bias, channel):
+        registers = cuda.local.array(held, types.uint32)
+        load(registers, wanted, bias, channel)
+        unpack(added, 0, registers)
+
+    def depthwise_forward(
+        x, w, bias, y, rows, height, width, channels, out_height, out_width, top, left, groups, segments,
+        channel_bits, has_bias, low, high,
+    ):  # fmt: skip
+        sums = cuda.local.array(sums_count, types.float32)
+        weights = cuda.local.array(taps_count, types.float32)
+        added = cuda.local.array(vector, types.float32)
+        channel, row, segment = window_place(
+            cuda.blockIdx.x, cuda.threadIdx.x, rows, channels, segments, channel_bits, vector
+        )
+        mine = (channel < channels) & (row < rows) & (segment < segments)
+        load_taps((weights, mine, w, channel, channels))
+        load_bias(added, mine & (has_bias != 0), bias, channel)
+        for i in range(sums_count):
+            sums[i] = np.float32(0)
+        share = np.int32((out_width + segments - 1) // segments)
+        first = np.int32(segment * share)
+        count = np.int32(select(first + share < out_width, share, out_width - first))
+        above, before = np.int32(row % out_height * stride - top), np.int32(first * stride - left)
+        source = ((np.int64(row // out_height) * height + above) * width + before) * channels + channel
+        target = (np.int64(row) * out_width + first) * channels + channel
+        for group in range(groups):
+            run_round(
+                (
+                    group,
+                    (sums, weights, added),
+                    (x, source, mine, above, before, height, width, channels),
+                    (y, target, count, low, high),
+                )
+            )
+
+    def launch(rows: int, channels: int, out_width: int) -> Launch:
+        return Launch((tile.count(rows, channels, tile.segments(out_width)), 1, 1), THREADS, 0)
+
+    pointer = channel_vectors.pointer(dtype)
+    signature = types.void(*[pointer] * 4, *[types.int32] * 12, *[types.float32] * 2)
+    return Kernel(depthwise_forward, signature, (THREADS, tile.blocks), launch)
+
+
+@cache
+def backward(dtype: str, tile: WindowTile) -> Kernel:
+    """Both gradients in one pass: dy is loaded once a row of taps, x once.
+
+    kernel(x, w, dy, d_x, partials, rows, height, width, channels, out_height, out_width, top, left, groups, segments,
+           channel_bits, strip), where rows = N*H; the last four are those of `tile.gradient_plan`.
+    partials `[splits,R,S,C]` float32, to be added by `partial_sums.add_partials`. A thread takes every `strip`-th row
+    and keeps its sums of d_w throughout; the rows of a block then meet in shared memory.
+    Parallel over: channels, rows of x, and segments of a row. Assumes: as `forward`, and stride 1.
+    """
+    taps, vector = tile.taps, tile.width
+    held, window_count, taps_count = channel_vectors.register_count(dtype, vector), taps * vector, taps * taps * vector
+    load, unpack = channel_vectors.loader(dtype, vector), channel_vectors.unpacker(dtype, vector)
+    pack, store = channel_vectors.packer(dtype, vector), channel_vectors.storer(dtype, vector)
+    load_taps, sum_rows = _tap_loader(dtype, vector, taps * taps), _block_sum(taps * taps)
+
+    def load_input(phase):
+        """Loads the column of x that enters the window in column `phase` of a round of dy."""
+        slot = (phase + taps - 1) % taps * vector
+
+        @inlined
+        def load_column(state):
+            group, (_, _, window, _), (x, _, source, _, _, _, count, _, _, _, channels), mine, _ = state
+            registers = cuda.local.array(held, types.uint32)
+            at = np.int32(group * taps + phase)
+            load(registers, mine & (at < count), x, source + np.int64(at) * channels)
+            unpack(window, slot, registers)
+
+        return load_column
+
+    def add_row(phase, row):
+        """Loads dy for one row of taps, and adds to d_x of the columns in the window and to d_w of the row's taps."""
+
+        @inlined
+        def add(state):
+            group, (weights, sums, window, waiting), (_, dy, _, gradient, p, u, _, _, out_height, out_width, channels), \
+                mine, _ = state  # fmt: skip
+            registers = cuda.local.array(held, types.uint32)
+            values = cuda.local.array(vector, types.float32)
+            at = np.int32(group * taps + phase)
+            inside = (u + at >= 0) & (u + at < out_width) & (p - row >= 0) & (p - row < out_height)
+            load(registers, mine & inside, dy, gradient + (at - np.int64(row) * out_width) * channels)
+            unpack(values, 0, registers)
+            for column in range(taps):
+                slot, tap = (phase + column) % taps * vector, (row * taps + column) * vector
+                for i in range(vector):
+                    waiting[slot + i] += values[i] * weights[tap + i]
+                    sums[tap + i] += values[i] * window[slot + i]
+
+        return add
+
+    def finish(phase):
+        """Writes the column of d_x that leaves the window, and empties its slot."""
+        slot = phase % taps * vector
+
+        @inlined
+        def write(state):
+            group, (_, _, _, waiting), (_, _, source, _, _, _, count, _, _, _, channels), mine, d_x = state
+            registers = cuda.local.array(held, types.uint32)
+            pack(registers, waiting, slot)
+            for i in range(vector):
+                waiting[slot + i] = np.float32(0)
+            done = np.int32(group * taps + phase - (taps - 1))
+            store(registers, mine & (done >= 0) & (done < count), d_x, source + np.int64(done) * channels)
+
+        return write
+
+    steps = []
+    for phase in range(taps):
+        steps += [load_input(phase), *(add_row(phase, row) for row in range(taps)), finish(phase)]
+    run_round = in_turn(steps)
+
+    def depthwise_backward(
+        x, w, dy, d_x, partials, rows, height, width, channels, out_height, out_width, top, left, groups, segments,
+        channel_bits, strip,
+    ):  # fmt: skip
+        weights = cuda.local.array(taps_count, types.float32)
+        sums = cuda.local.array(taps_count, types.float32)
+        window = cuda.local.array(window_count, types.float32)
+        waiting = cuda.local.array(window_count, types.float32)
+        channel, first_row, segment = window_place(
+            cuda.blockIdx.x, cuda.threadIdx.x, strip, channels, segments, channel_bits, vector
+        )
+        load_taps((weights, channel < channels, w, channel, channels))
+        for i in range(taps_count):
+            sums[i] = np.float32(0)
+        share = np.int32((width + segments - 1) // segments)
+        first = np.int32(segment * share)
+        count = np.int32(select(first + share < width, share, width - first))
+        u = np.int32(first + left - (taps - 1))
+        for turn in range((rows + strip - 1) // strip):
+            row = np.int32(first_row + turn * strip)
+            mine = (channel < channels) & (row < rows)
+            p = np.int32(row % height + top)
+            source = (np.int64(row) * width + first) * channels + channel
+            gradient = ((np.int64(row // height) * out_height + p) * out_width + u) * channels + channel
+            for i in range(window_count):
+                window[i] = np.float32(0)
+                waiting[i] = np.float32(0)
+            for group in range(groups):
+                run_round(
+                    (
+                        group,
+                        (weights, sums, window, waiting),
+                        (x, dy, source, gradient, p, u, count, height, out_height, out_width, channels),
+                        mine,
+                        d_x,
+                    )
+                )
+        sum_rows(sums, partials, channel - (cuda.threadIdx.x & ((1 << channel_bits) - 1)) * vector, channels, channel_bits)
+
+    def launch(rows: int, channels: int, width: int) -> Launch:
+        plan = tile.gradient_plan(rows, channels, width)
+        return Launch((tile.count(plan.strip, channels, plan.segments), 1, 1), THREADS, taps * taps * THREADS * 16)
+
+    pointer = channel_vectors.pointer(dtype)
+    signature = types.void(*[pointer] * 4, types.CPointer(types.float32), *[types.int32] * 12)
+    return Kernel(depthwise_backward, signature, (THREADS, tile.blocks), launch)
+
+
+@cache
+def _block_sum(taps: int):
+    """sum_rows(sums, partials, channel, channels, channel_bits): adds the sums of a block's rows, in their order.
+
+    sums holds `[taps, 4]` of each thread, whose block begins at `channel`; they go to partials[block's part, taps, C].
+    """
+
+    @inlined
+    def sum_rows(sums, partials, channel, channels, channel_bits):
+        registers = cuda.local.array(4, types.uint32)
+        total = cuda.local.array(4, types.float32)
+        shared, thread, side = ptx.shared_memory(), cuda.threadIdx.x, 1 << channel_bits
+        for tap in range(taps):
+            for i in range(4):
+                registers[i] = ptx.bits_of(sums[4 * tap + i])
+            ptx.store_shared_128(shared + (tap * THREADS + thread) * 16, registers, 0)
+        cuda.syncthreads()
+        part = np.int64(cuda.blockIdx.x // ((channels + 4 * side - 1) // (4 * side)))
+        for turn in range((taps * side + THREADS - 1) // THREADS):
+            item = turn * THREADS + thread
+            mine = item < taps * side
+            tap, at = select(mine, item >> channel_bits, 0), item & (side - 1)
+            for i in range(4):
+                total[i] = np.float32(0)
+            for row in range(THREADS >> channel_bits):
+                ptx.load_shared_128(registers, 0, shared + (tap * THREADS + row * side + at) * 16)
+                for i in range(4):
+                    total[i] += ptx.float_of(registers[i])
+            for i in range(4):
+                registers[i] = ptx.bits_of(total[i])
+            place = (part * taps + tap) * channels + channel + 4 * at
+            ptx.store_global_128(mine & (channel + 4 * at < channels), partials, place, registers, 0)
+
+    return sum_rows
