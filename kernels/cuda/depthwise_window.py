@@ -25,7 +25,7 @@ THREADS = DEPTHWISE_THREADS
 
 
 @cache
-def _tap_loader(dtype: str, width: int, taps: int):
+def tap_loader(dtype: str, width: int, taps: int):
     """load_taps((numbers, wanted, w, channel, channels)): all taps of the thread's channels, float32."""
     load, unpack = channel_vectors.loader(dtype, width), channel_vectors.unpacker(dtype, width)
     held = channel_vectors.register_count(dtype, width)
@@ -43,32 +43,29 @@ def _tap_loader(dtype: str, width: int, taps: int):
     return in_turn([step(tap) for tap in range(taps)])
 
 
-@cache
-def forward(dtype: str, tile: WindowTile, relu: bool = False) -> Kernel:
-    """The forward pass, of max(x, 0) instead of x if `relu`.
+def window_rounds(dtype: str, tile: WindowTile, relu: bool, put):
+    """run_round((group, (sums, weights), source, target)): one round of the slots.
 
-    kernel(x, w, bias, y, rows, height, width, channels, out_height, out_width, top, left, groups, segments,
-           channel_bits, has_bias, low, high), where rows = N*P; groups, segments and channel_bits are the tile's.
-    Parallel over: channels, rows of y, and segments of a row. Assumes: C is a multiple of `tile.width`, dilation 1.
+    `put((sums, place, done, target))` takes each output that is complete, the `done`-th of its segment (which may lie
+    before its begin or past its end), from sums[place:]. source is (x, offset, mine, above, before, height, width,
+    channels): the offset of the first input of the segment, at row `above` and column `before` of its image.
     """
     taps, stride, vector, slots = tile.taps, tile.stride, tile.width, tile.slots
     columns = slots * stride  # of input in one round of the slots
-    held, sums_count, taps_count = channel_vectors.register_count(dtype, vector), slots * vector, taps * taps * vector
+    held = channel_vectors.register_count(dtype, vector)
     load, unpack = channel_vectors.loader(dtype, vector), channel_vectors.unpacker(dtype, vector)
-    pack, store = channel_vectors.packer(dtype, vector), channel_vectors.storer(dtype, vector)
-    load_taps = _tap_loader(dtype, vector, taps * taps)
 
     def add_row(phase, row):
         """Loads the input under one row of taps in column `phase` of a round, and adds it to its outputs."""
 
         @inlined
         def add(state):
-            group, (sums, weights, _), (x, source, mine, above, before, height, width, channels), _ = state
+            group, (sums, weights), (x, offset, mine, above, before, height, width, channels), _ = state
             registers = cuda.local.array(held, types.uint32)
             inputs = cuda.local.array(vector, types.float32)
             at = np.int32(group * columns + phase)
             inside = (before + at >= 0) & (before + at < width) & (above + row >= 0) & (above + row < height)
-            load(registers, mine & inside, x, source + (np.int64(row) * width + at) * channels)
+            load(registers, mine & inside, x, offset + (np.int64(row) * width + at) * channels)
             unpack(inputs, 0, registers)
             if relu:
                 for i in range(vector):
@@ -83,28 +80,51 @@ def forward(dtype: str, tile: WindowTile, relu: bool = False) -> Kernel:
         return add
 
     def finish(phase):
-        """Writes the output whose last column of taps lies on column `phase` of a round, and empties its slot."""
-        slot, back = (phase - (taps - 1)) // stride % slots * vector, (phase - (taps - 1)) // stride
+        """Hands on the output whose last column of taps lies on column `phase` of a round, and empties its slot."""
+        back = (phase - (taps - 1)) // stride
+        place = back % slots * vector
 
         @inlined
-        def write(state):
-            group, (sums, _, added), (_, _, mine, _, _, _, _, channels), (y, target, count, low, high) = state
-            registers = cuda.local.array(held, types.uint32)
+        def hand_on(state):
+            group, (sums, _), _, target = state
+            put((sums, place, np.int32(group * slots + back), target))
             for i in range(vector):
-                sums[slot + i] = between(sums[slot + i] + added[i], low, high)
-            pack(registers, sums, slot)
-            for i in range(vector):
-                sums[slot + i] = np.float32(0)
-            done = np.int32(group * slots + back)
-            store(registers, mine & (done >= 0) & (done < count), y, target + np.int64(done) * channels)
+                sums[place + i] = np.float32(0)
 
-        return write
+        return hand_on
 
     steps = []
     for phase in range(columns):
         steps += [add_row(phase, row) for row in range(taps)]
         steps += [finish(phase)] * ((phase - (taps - 1)) % stride == 0)
-    run_round = in_turn(steps)
+    return in_turn(steps)
+
+
+@cache
+def forward(dtype: str, tile: WindowTile, relu: bool = False) -> Kernel:
+    """The forward pass, of max(x, 0) instead of x if `relu`.
+
+    kernel(x, w, bias, y, rows, height, width, channels, out_height, out_width, top, left, groups, segments,
+           channel_bits, has_bias, low, high), where rows = N*P; groups, segments and channel_bits are the tile's.
+    Parallel over: channels, rows of y, and segments of a row. Assumes: C is a multiple of `tile.width`, dilation 1.
+    """
+    taps, stride, vector = tile.taps, tile.stride, tile.width
+    held = channel_vectors.register_count(dtype, vector)
+    sums_count, taps_count = tile.slots * vector, taps * taps * vector
+    load, unpack = channel_vectors.loader(dtype, vector), channel_vectors.unpacker(dtype, vector)
+    pack, store = channel_vectors.packer(dtype, vector), channel_vectors.storer(dtype, vector)
+    load_taps = tap_loader(dtype, vector, taps * taps)
+
+    @inlined
+    def put(state):
+        sums, place, done, (added, low, high, wanted, y, offset, count, channels) = state
+        registers = cuda.local.array(held, types.uint32)
+        for i in range(vector):
+            sums[place + i] = between(sums[place + i] + added[i], low, high)
+        pack(registers, sums, place)
+        store(registers, wanted & (done >= 0) & (done < count), y, offset + np.int64(done) * channels)
+
+    run_round = window_rounds(dtype, tile, relu, put)
 
     @inlined
     def load_bias(added, wanted, bias, channel):
@@ -131,17 +151,12 @@ def forward(dtype: str, tile: WindowTile, relu: bool = False) -> Kernel:
         first = np.int32(segment * share)
         count = np.int32(select(first + share < out_width, share, out_width - first))
         above, before = np.int32(row % out_height * stride - top), np.int32(first * stride - left)
-        source = ((np.int64(row // out_height) * height + above) * width + before) * channels + channel
-        target = (np.int64(row) * out_width + first) * channels + channel
+        offset = ((np.int64(row // out_height) * height + above) * width + before) * channels + channel
+        out_offset = (np.int64(row) * out_width + first) * channels + channel
+        source = (x, offset, mine, above, before, height, width, channels)
+        target = (added, low, high, mine, y, out_offset, count, channels)
         for group in range(groups):
-            run_round(
-                (
-                    group,
-                    (sums, weights, added),
-                    (x, source, mine, above, before, height, width, channels),
-                    (y, target, count, low, high),
-                )
-            )
+            run_round((group, (sums, weights), source, target))
 
     def launch(rows: int, channels: int, out_width: int) -> Launch:
         return Launch((tile.count(rows, channels, tile.segments(out_width)), 1, 1), THREADS, 0)
@@ -165,7 +180,7 @@ def backward(dtype: str, tile: WindowTile) -> Kernel:
     held, window_count, taps_count = channel_vectors.register_count(dtype, vector), taps * vector, taps * taps * vector
     load, unpack = channel_vectors.loader(dtype, vector), channel_vectors.unpacker(dtype, vector)
     pack, store = channel_vectors.packer(dtype, vector), channel_vectors.storer(dtype, vector)
-    load_taps, sum_rows = _tap_loader(dtype, vector, taps * taps), _block_sum(taps * taps)
+    load_taps, sum_rows = tap_loader(dtype, vector, taps * taps), _block_sum(taps * taps)
 
     def load_input(phase):
         """Loads the column of x that enters the window in column `phase` of a round of dy."""
@@ -286,7 +301,7 @@ def _block_sum(taps: int):
         for tap in range(taps):
             for i in range(4):
                 registers[i] = ptx.bits_of(sums[4 * tap + i])
-            ptx.store_shared_128(shared + (tap * THREADS + thread) * 16, registers, 0)
+            ptx.store_shared_128(True, shared + (tap * THREADS + thread) * 16, registers, 0)
         cuda.syncthreads()
         part = np.int64(cuda.blockIdx.x // ((channels + 4 * side - 1) // (4 * side)))
         for turn in range((taps * side + THREADS - 1) // THREADS):

@@ -217,12 +217,14 @@ multiply_tf32 = _multiply("m16n8k8", "tf32")
 multiply_bf16 = _multiply("m16n8k16", "bf16")
 multiply_f16 = _multiply("m16n8k16", "f16")
 
-# (shared) -> 32 bits, (registers, i, shared), (shared, value), (shared, registers, i)
+# (shared) -> 32 bits, (registers, i, shared), (shared, value), (wanted, shared, registers, i)
 load_shared_32 = _instruction("ld.shared.b32 $0, [$1];", Integer(), result=types.uint32, effect=True)
 load_shared_128 = _filling("ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", Registers(4), Integer(), effect=True)
 store_shared_32 = _instruction("st.shared.b32 [$0], $1;", Integer(), Integer(), effect=True)
 store_shared_64 = _instruction("st.shared.v2.b32 [$0], {$1, $2};", Integer(), Integer(), Integer(), effect=True)
-store_shared_128 = _instruction("st.shared.v4.b32 [$0], {$1, $2, $3, $4};", Integer(), Registers(4), effect=True)
+store_shared_128 = _instruction(
+    _if_wanted("$0", "st.shared.v4.b32 [$1], {$2, $3, $4, $5};"), Integer(), Integer(), Registers(4), effect=True
+)
 
 def _load_global(count: int):
     zeros = "".join(f"mov.b32 ${i}, 0; " for i in range(count))

@@ -200,3 +200,10 @@ def window_place(block, thread, rows, channels, segments, channel_bits, width):
     vector = (block % across << channel_bits) + (thread & ((1 << channel_bits) - 1))
     row = block // across % down * (DEPTHWISE_THREADS >> channel_bits) + (thread >> channel_bits)
     return np.int32(vector * width), np.int32(row), np.int32(block // across // down)
+
+
+class SeparableTile(NamedTuple):
+    """The fused separable kernel's: pixels a block holds and filters it takes at once, and its depthwise window."""
+
+    gemm: GemmTile
+    window: WindowTile

@@ -243,21 +243,22 @@ class Instructions:
     def load_shared_128(self, registers, i, shared):
         registers.rows[i : i + 4] = self._load_shared(shared, 16).T
 
-    def _store_shared(self, shared, *values):
-        addresses, size = self._block.each(shared), 4 * len(values)
+    def _store_shared(self, wanted, shared, *values):
+        lanes = self._block.lanes[self._block.each(wanted, bool)]
+        addresses, size = self._block.each(shared)[lanes], 4 * len(values)
         words = self._shared.words(addresses, size)
-        self._shared.note_write(words, self._block.lanes)
-        self._shared.count_conflicts(f"store{8 * size}", addresses, self._block.lanes, size)
-        self._shared.bytes.view(np.uint32)[words] = np.stack([self._block.each(v, np.uint32) for v in values], 1)
+        self._shared.note_write(words, lanes)
+        self._shared.count_conflicts(f"store{8 * size}", addresses, lanes, size)
+        self._shared.bytes.view(np.uint32)[words] = np.stack([self._block.each(v, np.uint32)[lanes] for v in values], 1)
 
     def store_shared_32(self, shared, value):
-        self._store_shared(shared, value)
+        self._store_shared(True, shared, value)
 
     def store_shared_64(self, shared, first, second):
-        self._store_shared(shared, first, second)
+        self._store_shared(True, shared, first, second)
 
-    def store_shared_128(self, shared, registers, i):
-        self._store_shared(shared, *registers.rows[i : i + 4])
+    def store_shared_128(self, wanted, shared, registers, i):
+        self._store_shared(wanted, shared, *registers.rows[i : i + 4])
 
     # Device memory
 
