@@ -19,7 +19,7 @@ from numba import cuda, types
 
 from . import channel_vectors, ptx
 from .fragments import between, in_turn, inlined, select
-from .tiles import DEPTHWISE_THREADS, REFERENCE_MULTIPROCESSORS, Kernel, Launch, WindowTile, window_place
+from .tiles import DEPTHWISE_THREADS, Launch, TiledKernel, WindowTile, window_place
 
 THREADS = DEPTHWISE_THREADS
 
@@ -101,7 +101,7 @@ def window_rounds(dtype: str, tile: WindowTile, relu: bool, put):
 
 
 @cache
-def forward(dtype: str, tile: WindowTile, relu: bool = False) -> Kernel:
+def forward(dtype: str, tile: WindowTile, relu: bool = False) -> TiledKernel:
     """The forward pass, of max(x, 0) instead of x if `relu`.
 
     kernel(x, w, bias, y, rows, height, width, channels, out_height, out_width, top, left, groups, segments,
@@ -159,15 +159,15 @@ def forward(dtype: str, tile: WindowTile, relu: bool = False) -> Kernel:
             run_round((group, (sums, weights), source, target))
 
     def launch(rows: int, channels: int, out_width: int) -> Launch:
-        return Launch((tile.count(rows, channels, tile.segments(out_width)), 1, 1), THREADS, 0)
+        return Launch((tile.blocks_of(rows, channels, tile.segments(out_width)), 1, 1), THREADS, 0)
 
     pointer = channel_vectors.pointer(dtype)
     signature = types.void(*[pointer] * 4, *[types.int32] * 12, *[types.float32] * 2)
-    return Kernel(depthwise_forward, signature, (THREADS, tile.blocks), launch)
+    return TiledKernel(depthwise_forward, signature, (THREADS, tile.blocks), launch)
 
 
 @cache
-def backward(dtype: str, tile: WindowTile) -> Kernel:
+def backward(dtype: str, tile: WindowTile) -> TiledKernel:
     """Both gradients in one pass: dy is loaded once a row of taps, x once.
 
     kernel(x, w, dy, d_x, partials, rows, height, width, channels, out_height, out_width, top, left, groups, segments,
@@ -188,10 +188,10 @@ def backward(dtype: str, tile: WindowTile) -> Kernel:
 
         @inlined
         def load_column(state):
-            group, (_, _, window, _), (x, _, source, _, _, _, count, _, _, _, channels), mine, _ = state
+            group, (_, _, window, _), (x, _, offset, _, _, _, count, _, _, channels), mine, _ = state
             registers = cuda.local.array(held, types.uint32)
             at = np.int32(group * taps + phase)
-            load(registers, mine & (at < count), x, source + np.int64(at) * channels)
+            load(registers, mine & (at < count), x, offset + np.int64(at) * channels)
             unpack(window, slot, registers)
 
         return load_column
@@ -201,8 +201,8 @@ def backward(dtype: str, tile: WindowTile) -> Kernel:
 
         @inlined
         def add(state):
-            group, (weights, sums, window, waiting), (_, dy, _, gradient, p, u, _, _, out_height, out_width, channels), \
-                mine, _ = state  # fmt: skip
+            group, (weights, sums, window, waiting), source, mine, _ = state
+            _, dy, _, gradient, p, u, _, out_height, out_width, channels = source
             registers = cuda.local.array(held, types.uint32)
             values = cuda.local.array(vector, types.float32)
             at = np.int32(group * taps + phase)
@@ -223,13 +223,13 @@ def backward(dtype: str, tile: WindowTile) -> Kernel:
 
         @inlined
         def write(state):
-            group, (_, _, _, waiting), (_, _, source, _, _, _, count, _, _, _, channels), mine, d_x = state
+            group, (_, _, _, waiting), (_, _, offset, _, _, _, count, _, _, channels), mine, d_x = state
             registers = cuda.local.array(held, types.uint32)
             pack(registers, waiting, slot)
             for i in range(vector):
                 waiting[slot + i] = np.float32(0)
             done = np.int32(group * taps + phase - (taps - 1))
-            store(registers, mine & (done >= 0) & (done < count), d_x, source + np.int64(done) * channels)
+            store(registers, mine & (done >= 0) & (done < count), d_x, offset + np.int64(done) * channels)
 
         return write
 
@@ -260,30 +260,24 @@ def backward(dtype: str, tile: WindowTile) -> Kernel:
             row = np.int32(first_row + turn * strip)
             mine = (channel < channels) & (row < rows)
             p = np.int32(row % height + top)
-            source = (np.int64(row) * width + first) * channels + channel
+            offset = (np.int64(row) * width + first) * channels + channel
             gradient = ((np.int64(row // height) * out_height + p) * out_width + u) * channels + channel
             for i in range(window_count):
                 window[i] = np.float32(0)
                 waiting[i] = np.float32(0)
+            source = (x, dy, offset, gradient, p, u, count, out_height, out_width, channels)
             for group in range(groups):
-                run_round(
-                    (
-                        group,
-                        (weights, sums, window, waiting),
-                        (x, dy, source, gradient, p, u, count, height, out_height, out_width, channels),
-                        mine,
-                        d_x,
-                    )
-                )
-        sum_rows(sums, partials, channel - (cuda.threadIdx.x & ((1 << channel_bits) - 1)) * vector, channels, channel_bits)
+                run_round((group, (weights, sums, window, waiting), source, mine, d_x))
+        side = cuda.threadIdx.x & ((1 << channel_bits) - 1)
+        sum_rows(sums, partials, channel - side * vector, channels, channel_bits)
 
     def launch(rows: int, channels: int, width: int) -> Launch:
         plan = tile.gradient_plan(rows, channels, width)
-        return Launch((tile.count(plan.strip, channels, plan.segments), 1, 1), THREADS, taps * taps * THREADS * 16)
+        return Launch((tile.blocks_of(plan.strip, channels, plan.segments), 1, 1), THREADS, taps * taps * THREADS * 16)
 
     pointer = channel_vectors.pointer(dtype)
     signature = types.void(*[pointer] * 4, types.CPointer(types.float32), *[types.int32] * 12)
-    return Kernel(depthwise_backward, signature, (THREADS, tile.blocks), launch)
+    return TiledKernel(depthwise_backward, signature, (THREADS, tile.blocks), launch)
 
 
 @cache

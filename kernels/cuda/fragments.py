@@ -93,41 +93,49 @@ def b_depth(lane, register, per_register):
 # registers are those above. "Deep" tiles have the depth along their rows, "wide" ones along their columns.
 @inlined
 def a_deep_row(lane):
+    """Row of A from a deep tile."""
     return lane & 15
 
 
 @inlined
 def a_deep_chunk(lane):
+    """Chunk along the depth, of A from a deep tile."""
     return lane >> 4
 
 
 @inlined
 def a_wide_row(lane):
+    """Place along the depth, of A from a wide tile."""
     return (lane & 7) + 8 * (lane >> 4)
 
 
 @inlined
 def a_wide_chunk(lane):
+    """Chunk of rows of A from a wide tile."""
     return (lane >> 3) & 1
 
 
 @inlined
 def b_deep_row(lane):
+    """Column of B from a deep tile: two fragments of 8."""
     return (lane & 7) + 8 * (lane >> 4)
 
 
 @inlined
 def b_deep_chunk(lane):
+    """Chunk along the depth, of B from a deep tile."""
     return (lane >> 3) & 1
 
 
 @inlined
 def b_wide_row(lane):
+    """Place along the depth, of B from a wide tile."""
     return lane & 15
 
 
 @inlined
 def b_wide_chunk(lane):
+    """Chunk of columns of B from a wide tile: two fragments of 8."""
     return lane >> 4
 
 
@@ -154,10 +162,7 @@ def deep_layout(rows: int) -> Layout:
 
 
 def wide_layout(rows: int, columns: int, itemsize: int) -> Layout:
-    """Rows across the depth, apart by `spread_bytes` instead of twisted, so that all of a lane's addresses differ by
-
-    constants and need one register.
-    """
+    """Rows across the depth, apart by `spread_bytes`: a lane's addresses differ by constants, and need one register."""
     return Layout(rows, columns * itemsize, spread_bytes(columns, itemsize), 0, 0)
 
 
@@ -177,7 +182,7 @@ def place(row, byte, row_bytes, shift, mask):
 
 
 class CopyPlan(NamedTuple):
-    """How a block copies a tile: a row takes `slots` threads, a power of two, of which `used` copy `size` bytes each."""
+    """How a block copies a tile: 2 ** slot_bits threads stand before a row, of which `used` copy `size` bytes each."""
 
     slot_bits: int
     used: int
@@ -188,6 +193,7 @@ class CopyPlan(NamedTuple):
 
 
 def copy_plan(layout: Layout, size: int, threads: int) -> CopyPlan:
+    """The plan for copies of `size` bytes by a block of `threads`, a power of two so that shifts find row and slot."""
     used = layout.used_bytes // size
     slot_bits = (used - 1).bit_length()
     if threads >> slot_bits == 0:

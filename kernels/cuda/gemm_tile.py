@@ -219,9 +219,10 @@ def _multiplier_three_products(row_tiles: int, column_tiles: int):
 
 @cache
 def storer(itemsize: int, kind: str, row_tiles: int, column_tiles: int, store_bytes: int):
-    """store(sums, shared, out, start, row, rows, column, columns): the warp's results to out[start + row*columns + ...].
+    """store(sums, shared, out, start, row, rows, column, columns): the warp's results, from (row, column) on.
 
-    `shared` is the warp's own room of 16 rows, through which they pass, so that whole chunks are written.
+    out[start:] is `[rows,columns]`; `shared` is the warp's own room of 16 rows, through which they pass, so that
+    whole chunks are written.
     """
     row_bytes = fragments.spread_bytes(8 * column_tiles, itemsize)
     per_row = 8 * column_tiles * itemsize // store_bytes

@@ -8,13 +8,13 @@ import numpy as np
 from numba import cuda, types
 
 from . import ptx
-from .tiles import Kernel, Launch
+from .tiles import Launch, TiledKernel
 
 THREADS = 256
 
 
 @cache
-def add_partials(dtype: str) -> Kernel:
+def add_partials(dtype: str) -> TiledKernel:
     """out[i] = sum over s of partials[s,i]: kernel(partials, out, count, splits), the splits in ascending order.
 
     partials `[splits,count]` float32, out `[count]`. Parallel over: out. Assumes: of half numbers, an even count.
@@ -40,4 +40,4 @@ def add_partials(dtype: str) -> Kernel:
 
     out = types.CPointer(types.uint16 if halves else types.float32)
     signature = types.void(types.CPointer(types.float32), out, types.int32, types.int32)
-    return Kernel(add_partials, signature, (THREADS, 4), launch)
+    return TiledKernel(add_partials, signature, (THREADS, 4), launch)

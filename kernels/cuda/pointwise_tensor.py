@@ -21,7 +21,7 @@ from numba import cuda, types
 from . import gemm_tile, ptx
 from .fragments import inlined, spread_bytes
 from .gemm_tile import NUMBERS, operand_layout
-from .tiles import GemmTile, Kernel, Launch
+from .tiles import GemmTile, Launch, TiledKernel
 
 
 def shared_bytes(dtype: str, tile: GemmTile, a_deep: bool, b_deep: bool, out_itemsize: int) -> int:
@@ -136,7 +136,7 @@ def _zeros(count: int):
 
 
 @cache
-def forward(dtype: str, tile: GemmTile) -> Kernel:
+def forward(dtype: str, tile: GemmTile) -> TiledKernel:
     """y = clamp(x . w + bias): kernel(x, w, bias, y, rows, columns, depth, has_bias, low, high).
 
     Parallel over: tiles of y. Assumes: rows of x, w and y are multiples of `tile.copy_bytes` long and begin on them.
@@ -161,15 +161,15 @@ def forward(dtype: str, tile: GemmTile) -> Kernel:
     size = shared_bytes(dtype, tile, True, False, numbers.itemsize)
 
     def launch(rows: int, columns: int) -> Launch:
-        return Launch((tile.count(rows, columns), 1, 1), tile.threads, size)
+        return Launch((tile.blocks_of(rows, columns), 1, 1), tile.threads, size)
 
     pointer = numbers.pointer
     signature = types.void(*[pointer] * 4, *[types.int32] * 4, *[types.float32] * 2)
-    return Kernel(pointwise_forward, signature, (tile.threads, tile.blocks), launch)
+    return TiledKernel(pointwise_forward, signature, (tile.threads, tile.blocks), launch)
 
 
 @cache
-def input_gradient(dtype: str, tile: GemmTile) -> Kernel:
+def input_gradient(dtype: str, tile: GemmTile) -> TiledKernel:
     """d_x = dy . w^T: kernel(dy, w, d_x, rows, columns, depth), columns being those of d_x, depth those of dy.
 
     Parallel over: tiles of d_x. Assumes: as `forward`.
@@ -192,18 +192,18 @@ def input_gradient(dtype: str, tile: GemmTile) -> Kernel:
     size = shared_bytes(dtype, tile, True, True, numbers.itemsize)
 
     def launch(rows: int, columns: int) -> Launch:
-        return Launch((tile.count(rows, columns), 1, 1), tile.threads, size)
+        return Launch((tile.blocks_of(rows, columns), 1, 1), tile.threads, size)
 
     signature = types.void(*[numbers.pointer] * 3, *[types.int32] * 3)
-    return Kernel(pointwise_input_gradient, signature, (tile.threads, tile.blocks), launch)
+    return TiledKernel(pointwise_input_gradient, signature, (tile.threads, tile.blocks), launch)
 
 
 @cache
-def kernel_gradient(dtype: str, tile: GemmTile) -> Kernel:
+def kernel_gradient(dtype: str, tile: GemmTile) -> TiledKernel:
     """partials[s] = x[rows of s]^T . dy[rows of s]: kernel(x, dy, partials, rows, columns, depth, share).
 
     x `[depth,rows]`, dy `[depth,columns]`, partials `[splits,rows,columns]` float32; split s sums over the places
-    s*share up to (s+1)*share of the depth. `partial_sums.add_partials` adds them: the result depends on the shape alone.
+    s*share up to (s+1)*share of the depth; `partial_sums.add_partials` adds them, in an order that the shape gives.
     Parallel over: tiles of the result, and splits. Assumes: as `forward`; share is a multiple of two steps.
     """
     numbers = NUMBERS[dtype]
@@ -226,7 +226,7 @@ def kernel_gradient(dtype: str, tile: GemmTile) -> Kernel:
     size = shared_bytes(dtype, tile, False, False, 4)
 
     def launch(rows: int, columns: int, depth: int, share: int) -> Launch:
-        return Launch((tile.count(rows, columns), -(-depth // share), 1), tile.threads, size)
+        return Launch((tile.blocks_of(rows, columns), -(-depth // share), 1), tile.threads, size)
 
     signature = types.void(*[numbers.pointer] * 2, types.CPointer(types.float32), *[types.int32] * 4)
-    return Kernel(pointwise_kernel_gradient, signature, (tile.threads, tile.blocks), launch)
+    return TiledKernel(pointwise_kernel_gradient, signature, (tile.threads, tile.blocks), launch)

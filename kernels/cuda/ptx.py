@@ -226,6 +226,7 @@ store_shared_128 = _instruction(
     _if_wanted("$0", "st.shared.v4.b32 [$1], {$2, $3, $4, $5};"), Integer(), Integer(), Registers(4), effect=True
 )
 
+
 def _load_global(count: int):
     zeros = "".join(f"mov.b32 ${i}, 0; " for i in range(count))
     targets = ", ".join(f"${i}" for i in range(count))

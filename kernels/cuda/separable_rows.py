@@ -17,11 +17,11 @@ from functools import cache
 import numpy as np
 from numba import cuda, types
 
-from . import channel_vectors, fragments, gemm_tile, ptx
+from . import channel_vectors, fragments, gemm_tile, ptx, tiles
 from .depthwise_window import tap_loader, window_rounds
 from .fragments import inlined, select, spread_bytes
 from .gemm_tile import NUMBERS, operand_layout
-from .tiles import Kernel, Launch, SeparableTile
+from .tiles import Launch, SeparableTile, TiledKernel
 
 STAGE_DEPTH = 32  # channels in a stage of w
 
@@ -31,6 +31,32 @@ def shared_bytes(tile: SeparableTile, channels: int) -> int:
     stage = operand_layout(NUMBERS["bfloat16"], False, tile.gemm.columns).bytes
     room = 16 * spread_bytes(8 * tile.gemm.column_tiles, 2)
     return tile.gemm.rows * _mid_row_bytes(channels) + tile.gemm.stages * stage + tile.gemm.threads // 32 * room
+
+
+def choose(
+    dtype: str,
+    taps: tuple[int, int],
+    strides: tuple[int, int],
+    rows: int,
+    channels: int,
+    filters: int,
+    shared_limit: int,
+) -> SeparableTile | None:
+    """The tile for dilation 1 and multiplier 1, or None where two kernels have to do.
+
+    `shared_limit` is the shared memory that a block may have: 232448 bytes on compute capability 9.0, 166912 on 8.0.
+    The estimate: rounds of blocks that the fullest multiprocessor computes, times the pixels of a block.
+    """
+    window = tiles.depthwise_forward(dtype, taps, strides, channels)
+    if window is None or dtype == "float32" or filters % 8:
+        return None
+    candidates = [SeparableTile(gemm, window) for gemm in tiles.SEPARABLE_GEMMS]
+    fitting = [tile for tile in candidates if shared_bytes(tile, channels) <= shared_limit]
+
+    def cost(tile: SeparableTile) -> int:
+        return -(-rows // (tile.gemm.rows * tiles.REFERENCE_MULTIPROCESSORS)) * tile.gemm.rows
+
+    return min(fitting, key=cost, default=None)
 
 
 @inlined
@@ -46,7 +72,13 @@ def _filler(dtype: str, tile: SeparableTile, relu: bool):
     cost their time and do nothing.
     """
     window = tile.window
-    taps, stride, vector, threads, block_rows = window.taps, window.stride, window.width, tile.gemm.threads, tile.gemm.rows
+    taps, stride, vector, threads, block_rows = (
+        window.taps,
+        window.stride,
+        window.width,
+        tile.gemm.threads,
+        tile.gemm.rows,
+    )
     sums_count, taps_count = window.slots * vector, taps * taps * vector
     held = channel_vectors.register_count(dtype, vector)
     pack, load_taps = channel_vectors.packer(dtype, vector), tap_loader(dtype, vector, taps * taps)
@@ -112,7 +144,7 @@ def _blanker(tile: SeparableTile):
 
 
 @cache
-def forward(dtype: str, tile: SeparableTile, relu: bool = False) -> Kernel:
+def forward(dtype: str, tile: SeparableTile, relu: bool = False) -> TiledKernel:
     """y, of max(x, 0) instead of x if `relu`.
 
     kernel(x, dw, w, bias, y, rows, height, width, channels, filters, out_height, out_width, top, left, groups,
@@ -133,11 +165,17 @@ def forward(dtype: str, tile: SeparableTile, relu: bool = False) -> Kernel:
     count, a_registers, b_registers = gemm.sums, 4 * row_tiles, 2 * column_tiles
 
     @inlined
+    def split_stage(stage, depth_stages):
+        return stage % depth_stages * STAGE_DEPTH, stage // depth_stages * tile_columns
+
+    @inlined
     def load_mid(registers, shared, row, row_bytes, step):
         lane = cuda.threadIdx.x & 31
         for i in range(row_tiles):
             r = row + 16 * i + fragments.a_deep_row(lane)
-            ptx.load_matrices_4(registers, 4 * i, shared + r * row_bytes + 16 * (2 * step + fragments.a_deep_chunk(lane)))
+            ptx.load_matrices_4(
+                registers, 4 * i, shared + r * row_bytes + 16 * (2 * step + fragments.a_deep_chunk(lane))
+            )
 
     def separable_forward(
         x, dw, w, bias, y, rows, height, width, channels, filters, out_height, out_width, top, left, groups, segments,
@@ -156,8 +194,8 @@ def forward(dtype: str, tile: SeparableTile, relu: bool = False) -> Kernel:
         all_stages = np.int32((filters + tile_columns - 1) // tile_columns * depth_stages)
         for stage in range(ahead):
             if stage < all_stages:
-                depth, column = stage % depth_stages * STAGE_DEPTH, stage // depth_stages * tile_columns
-                copy_w(ring + stage * stage_bytes, w, depth, channels, column, filters, filters)
+                depth, filter_column = split_stage(stage, depth_stages)
+                copy_w(ring + stage * stage_bytes, w, depth, channels, filter_column, filters, filters)
             ptx.commit_copies()
         fill(mid, x, dw, first, rows, height, width, channels, out_height, out_width, top, left, groups, segments)
         blank(mid, first, rows, channels)
@@ -174,7 +212,7 @@ def forward(dtype: str, tile: SeparableTile, relu: bool = False) -> Kernel:
                 load_mid(odd_a, mid, warp_row, row_bytes, 2 * stage + 1)
                 load_w(odd_b, reading, warp_column, 1)
                 if coming < all_stages:
-                    depth, filter_column = coming % depth_stages * STAGE_DEPTH, coming // depth_stages * tile_columns
+                    depth, filter_column = split_stage(coming, depth_stages)
                     copy_w(writing, w, depth, channels, filter_column, filters, filters)
                 ptx.commit_copies()
                 coming = np.int32(coming + 1)
@@ -197,4 +235,4 @@ def forward(dtype: str, tile: SeparableTile, relu: bool = False) -> Kernel:
         return Launch((-(-rows // gemm.rows), 1, 1), gemm.threads, shared_bytes(tile, channels))
 
     signature = types.void(*[numbers.pointer] * 5, *[types.int32] * 12, *[types.float32] * 2)
-    return Kernel(separable_forward, signature, (gemm.threads, 1), launch)
+    return TiledKernel(separable_forward, signature, (gemm.threads, 1), launch)

@@ -24,7 +24,7 @@ class Launch(NamedTuple):
     shared_bytes: int  # dynamic; above 48 KB the launch has to ask the driver for it
 
 
-class Kernel(NamedTuple):
+class TiledKernel(NamedTuple):
     """A kernel for one dtype and tile, not compiled yet."""
 
     function: Callable[..., None]
@@ -64,7 +64,8 @@ class GemmTile(NamedTuple):
         """Sums that a thread holds."""
         return 4 * self.row_tiles * self.column_tiles
 
-    def count(self, rows: int, columns: int) -> int:
+    def blocks_of(self, rows: int, columns: int) -> int:
+        """Blocks that a result of these sizes takes."""
         return -(-rows // self.rows) * -(-columns // self.columns)
 
 
@@ -123,7 +124,7 @@ def pointwise(dtype: str, rows: int, columns: int, row_lengths: tuple[int, ...])
     fitting = [tile for tile in POINTWISE[dtype] if tile.copy_bytes == size]
 
     def cost(tile: GemmTile) -> float:
-        rounds = -(-tile.count(rows, columns) // REFERENCE_MULTIPROCESSORS)
+        rounds = -(-tile.blocks_of(rows, columns) // REFERENCE_MULTIPROCESSORS)
         return rounds * tile.rows * tile.columns / tile.speed
 
     return min(fitting, key=cost, default=None)
@@ -131,7 +132,7 @@ def pointwise(dtype: str, rows: int, columns: int, row_lengths: tuple[int, ...])
 
 def kernel_gradient_share(tile: GemmTile, rows: int, columns: int, depth: int) -> int:
     """Places of the depth that one split sums: two blocks for every multiprocessor, at least 256 places each."""
-    splits = max(1, min(2 * REFERENCE_MULTIPROCESSORS // tile.count(rows, columns), depth // 256))
+    splits = max(1, min(2 * REFERENCE_MULTIPROCESSORS // tile.blocks_of(rows, columns), depth // 256))
     return -(-depth // splits // 32) * 32
 
 
@@ -153,7 +154,7 @@ class WindowTile(NamedTuple):
         return -(-self.taps // self.stride)
 
     def segments(self, out_width: int) -> int:
-        """Pieces that a row of the output is cut into: of 20 pixels at most, for the two columns more that each reads."""
+        """Pieces that a row is cut into, each of 20 pixels at most: each reads two columns more than it has."""
         return -(-out_width // 20)
 
     def groups(self, out_width: int) -> int:
@@ -165,18 +166,18 @@ class WindowTile(NamedTuple):
         """log2 of the threads of a block that stand side by side along the channels: a warp, or fewer if they do."""
         return min(5, (-(-channels // self.width) - 1).bit_length())
 
-    def count(self, rows: int, channels: int, segments: int) -> int:
+    def blocks_of(self, rows: int, channels: int, segments: int) -> int:
+        """Blocks that the rows of all images take."""
         bits = self.channel_bits(channels)
         across = -(-channels // (self.width << bits))
         return across * segments * -(-rows // (DEPTHWISE_THREADS >> bits))
-
 
     def gradient_plan(self, rows: int, channels: int, width: int) -> GradientPlan:
         """How the backward pass shares the `rows` of all images: twice as many blocks as the card holds, no more."""
         segments, bits = self.segments(width), self.channel_bits(channels)
         side = DEPTHWISE_THREADS >> bits
         room = 2 * self.blocks * REFERENCE_MULTIPROCESSORS
-        repeat = max(1, self.count(rows, channels, segments) // room)
+        repeat = max(1, self.blocks_of(rows, channels, segments) // room)
         strip = -(-rows // (repeat * side)) * side
         groups = -(-(-(-width // segments) + self.taps - 1) // self.taps)
         return GradientPlan(groups, segments, bits, strip, strip // side * segments)
@@ -207,3 +208,43 @@ class SeparableTile(NamedTuple):
 
     gemm: GemmTile
     window: WindowTile
+
+
+_WINDOW_FLOAT = WindowTile(
+    3, 1, 4, 4,
+    "4 channels, 16 bytes: 36 taps, 3 x 4 sums and the loads of a column fill 128 registers, so 16 warps are there to "
+    "wait for memory, which sets the pace: 18 operations a pixel and channel against 8 bytes",
+)  # fmt: skip
+_WINDOW_HALF = WindowTile(
+    3, 1, 8, 3,
+    "8 channels, 16 bytes: 72 taps in float32 fill 168 registers; 12 warps, each asking for what 24 of 8 bytes would",
+)  # fmt: skip
+WINDOWS: dict[str, dict[int, WindowTile]] = {  # forward, by stride
+    "float32": {1: _WINDOW_FLOAT, 2: _WINDOW_FLOAT._replace(stride=2)},
+    "bfloat16": {1: _WINDOW_HALF, 2: _WINDOW_HALF._replace(stride=2)},
+    "float16": {1: _WINDOW_HALF, 2: _WINDOW_HALF._replace(stride=2)},
+}
+GRADIENT_WINDOW = WindowTile(
+    3, 1, 4, 3,
+    "4 channels of any dtype: taps and sums of d_w, 36 each, with windows of x and d_x of 12 fill 168 registers",
+)  # fmt: skip
+
+_ROWS = "pixels whose mid fits beside the stages of w; 8 warps share a block, since only one fits"
+SEPARABLE_GEMMS = tuple(
+    GemmTile(f"rows{rows}", rows, 128, 2, 4, stages, 1, 16, 1.0, f"{rows} {_ROWS}")
+    for rows, stages in ((128, 3), (96, 4), (64, 4))
+)
+
+
+def depthwise_forward(dtype: str, taps: tuple[int, int], strides: tuple[int, int], channels: int) -> WindowTile | None:
+    """The forward tile for dilation 1 and multiplier 1, or None where it is the plain tier's."""
+    tile = WINDOWS.get(dtype, {}).get(strides[0])
+    if tile is None or taps != (tile.taps, tile.taps) or strides[0] != strides[1] or channels % tile.width:
+        return None
+    return tile
+
+
+def depthwise_backward(dtype: str, taps: tuple[int, int], strides: tuple[int, int], channels: int) -> WindowTile | None:
+    """The backward tile for dilation 1 and multiplier 1, or None where it is the plain tier's."""
+    fits = dtype in WINDOWS and taps == (3, 3) and strides == (1, 1) and channels % GRADIENT_WINDOW.width == 0
+    return GRADIENT_WINDOW if fits else None

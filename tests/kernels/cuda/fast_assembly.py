@@ -1,0 +1,118 @@
+"""What every kernel of the fast tier assembles to, for each tile of the tables, in fast_assembly.json.
+
+`python -m tests.kernels.cuda.fast_assembly --write` rewrites the file; without the option it prints the table. It needs
+numba-cuda and NVIDIA's assembler from its wheel (cuda-toolkit[nvcc]), and no card.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
+
+from numba import cuda
+
+from fastsepconv.kernels.cuda import depthwise_window, partial_sums, pointwise_tensor, separable_rows, tiles
+
+TABLE = Path(__file__).with_name("fast_assembly.json")
+CAPABILITIES = ("sm_80", "sm_90")
+INSTRUCTIONS = {
+    "products": r"mma\.sync",
+    "copies": r"cp\.async\.c[ag]\.shared",
+    "matrices": r"ldmatrix",
+    "wide_loads": r"ld\.global\.nc\.v4",
+    "wide_stores": r"st\.global\.v4",
+}
+
+
+def kernels() -> Iterator[tuple[str, tiles.TiledKernel]]:
+    """Every kernel, dtype and tile of the tables, by name."""
+    for dtype, found in tiles.POINTWISE.items():
+        for tile in found:
+            for make in (pointwise_tensor.forward, pointwise_tensor.input_gradient, pointwise_tensor.kernel_gradient):
+                yield f"pointwise {make.__name__} {dtype} {tile.name}", make(dtype, tile)
+    for dtype, by_stride in tiles.WINDOWS.items():
+        for stride, window in by_stride.items():
+            yield f"depthwise forward {dtype} stride {stride}", depthwise_window.forward(dtype, window)
+            yield f"depthwise forward {dtype} stride {stride} relu", depthwise_window.forward(dtype, window, True)
+        yield f"depthwise backward {dtype}", depthwise_window.backward(dtype, tiles.GRADIENT_WINDOW)
+        yield f"partial sums {dtype}", partial_sums.add_partials(dtype)
+    for dtype in ("bfloat16", "float16"):
+        for gemm in tiles.SEPARABLE_GEMMS:
+            for relu in (False, True):
+                tile = tiles.SeparableTile(gemm, tiles.WINDOWS[dtype][1])
+                name = f"separable forward {dtype} {gemm.name}{' relu' * relu}"
+                yield name, separable_rows.forward(dtype, tile, relu)
+
+
+def ptx(kernel: tiles.TiledKernel) -> str:
+    """The kernel's PTX for compute capability 8.0, the least that knows all of its instructions."""
+    # Numba asks the card for its capability when it types a device function, and uses it for nothing else.
+    no_card = patch("numba.cuda.dispatcher.get_current_device", lambda: SimpleNamespace(compute_capability=(8, 0)))
+    with no_card:
+        text, _ = cuda.compile(
+            kernel.function, kernel.signature, device=False, abi="numba", cc=(8, 0), launch_bounds=kernel.launch_bounds
+        )
+    return text
+
+
+def assemble(text: str, capability: str) -> dict[str, int]:
+    """Registers, and bytes of stack, of spills and of static shared memory, as ptxas tells them."""
+    import nvidia
+
+    assembler = next(path for place in nvidia.__path__ for path in sorted(Path(place).glob("*/bin/ptxas*")))
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(text)
+        command = [str(assembler), "-v", f"-arch={capability}", str(source), "-o", f"{folder}/out"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    told = done.stdout + done.stderr
+    if done.returncode:
+        raise RuntimeError(told)
+
+    def number(pattern: str) -> int:
+        return sum(map(int, re.findall(pattern, told)))
+
+    return {
+        "registers": number(r"Used (\d+) registers"),
+        "stack": number(r"(\d+) bytes stack frame"),
+        "spilled": number(r"(\d+) bytes spill"),
+        "static_shared": number(r"(\d+) bytes smem"),
+    }
+
+
+def versions() -> dict[str, str]:
+    """What the numbers depend on besides the kernels."""
+    return {name: importlib.metadata.version(name) for name in ("numba-cuda", "llvmlite", "nvidia-cuda-nvcc", "nvidia-nvvm")}
+
+
+def table() -> dict[str, dict]:
+    """By kernel: the launch bounds, the instructions counted in its PTX, and what each capability's assembly takes."""
+    found = {}
+    for name, kernel in kernels():
+        text = ptx(kernel)
+        counts = {key: len(re.findall(pattern, text)) for key, pattern in INSTRUCTIONS.items()}
+        assembled = {capability: assemble(text, capability) for capability in CAPABILITIES}
+        found[name] = {"bounds": list(kernel.launch_bounds), **counts, **assembled}
+    return found
+
+
+def main() -> None:
+    """Print the table, or rewrite the file."""
+    found = {"versions": versions(), "kernels": table()}
+    if "--write" in sys.argv[1:]:
+        rows = ",\n".join(f"    {json.dumps(name)}: {json.dumps(row)}" for name, row in found["kernels"].items())
+        TABLE.write_text(f'{{\n  "versions": {json.dumps(found["versions"])},\n  "kernels": {{\n{rows}\n  }}\n}}\n')
+    else:
+        print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
