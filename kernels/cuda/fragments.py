@@ -23,16 +23,26 @@ WARP = 32
 inlined = register_jitable(forceinline=True)
 
 
-def in_turn(steps):
-    """run(state): runs every step on the state, a loop unrolled by hand where the compiler would keep it rolled."""
-    if len(steps) == 1:
-        return steps[0]
-    first, second = in_turn(steps[: len(steps) // 2]), in_turn(steps[len(steps) // 2 :])
+@inlined
+def _nothing(state):
+    """A step that fills a group."""
 
+
+def in_turn(steps):
+    """run(state): every step on the state, a loop unrolled by hand where the compiler would keep it rolled."""
+    while len(steps) > 1:  # groups of four, groups of groups, and so on: few functions to compile
+        filled = [*steps, *[_nothing] * (-len(steps) % 4)]
+        steps = [_four_in_turn(*filled[i : i + 4]) for i in range(0, len(filled), 4)]
+    return steps[0]
+
+
+def _four_in_turn(first, second, third, fourth):
     @inlined
     def run(state):
         first(state)
         second(state)
+        third(state)
+        fourth(state)
 
     return run
 

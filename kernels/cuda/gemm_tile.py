@@ -185,6 +185,7 @@ def _multiplier_three_products(row_tiles: int, column_tiles: int):
 
     What is left out, low*low, is below 2^-22 of the product. Tensor cores cut sums off instead of rounding them; so
     every step sums from zero, and ordinary additions, which round, gather the steps.
+    Assumes: finite numbers. An infinity has no low part, and its products with low parts of zero make NaN of it.
     Source: Ootomo and Yokota, "Recovering single precision accuracy from Tensor Cores", 2022.
     """
 

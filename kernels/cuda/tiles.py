@@ -103,8 +103,8 @@ _UNALIGNED = _SMALL._replace(
 POINTWISE: dict[str, tuple[GemmTile, ...]] = {
     "float32": (_WIDE_FLOAT, _NARROW_FLOAT, _SMALL._replace(blocks=3), _UNALIGNED),
     "tf32": (_WIDE, _NARROW, _SMALL),  # unaligned rows take float32's kernel, whose copies cost more than its products
-    "bfloat16": (_WIDE, _NARROW, _SMALL, _UNALIGNED),
-    "float16": (_WIDE, _NARROW, _SMALL, _UNALIGNED),
+    "bfloat16": (_WIDE, _NARROW, _SMALL, _UNALIGNED._replace(blocks=2)),
+    "float16": (_WIDE, _NARROW, _SMALL, _UNALIGNED._replace(blocks=2)),
 }
 ITEMSIZE = {"float32": 4, "tf32": 4, "bfloat16": 2, "float16": 2}
 
@@ -221,8 +221,8 @@ _WINDOW_HALF = WindowTile(
 )  # fmt: skip
 WINDOWS: dict[str, dict[int, WindowTile]] = {  # forward, by stride
     "float32": {1: _WINDOW_FLOAT, 2: _WINDOW_FLOAT._replace(stride=2)},
-    "bfloat16": {1: _WINDOW_HALF, 2: _WINDOW_HALF._replace(stride=2)},
-    "float16": {1: _WINDOW_HALF, 2: _WINDOW_HALF._replace(stride=2)},
+    "bfloat16": {1: _WINDOW_HALF, 2: _WINDOW_HALF._replace(stride=2, blocks=2)},
+    "float16": {1: _WINDOW_HALF, 2: _WINDOW_HALF._replace(stride=2, blocks=2)},
 }
 GRADIENT_WINDOW = WindowTile(
     3, 1, 4, 3,

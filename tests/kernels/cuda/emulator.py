@@ -19,6 +19,8 @@ from unittest.mock import patch
 import ml_dtypes
 import numpy as np
 
+from fastsepconv.kernels.cuda.tiles import Launch
+
 WARP = 32
 BASE = 1024  # address at which the dynamic shared memory begins
 
@@ -384,7 +386,9 @@ def clear_caches(modules) -> None:
 
 
 def run(modules, factory, factory_arguments, sizes, arguments) -> SimpleNamespace:
-    """Runs the kernel that `factory(*factory_arguments)` makes, launched for `sizes`, and gives what was watched.
+    """Runs the kernel that `factory(*factory_arguments)` makes, and gives what was watched.
+
+    `sizes` are those that its launch follows from, or are a Launch.
 
     `modules` are those whose `cuda` and `ptx` the kernel uses; arrays among the arguments become device memory, whose
     present contents count as unwritten. Gives the bank conflicts by kind, and the largest number of times that a
@@ -393,7 +397,7 @@ def run(modules, factory, factory_arguments, sizes, arguments) -> SimpleNamespac
     clear_caches(modules)
     memories = [Memory(a) if isinstance(a, np.ndarray) else a for a in arguments]
     kernel = factory(*factory_arguments)
-    launch = kernel.launch(*sizes)
+    launch = sizes if isinstance(sizes, Launch) else kernel.launch(*sizes)
     assert kernel.launch_bounds[0] == launch.block
     conflicts: dict[str, int] = {}
     for y in range(launch.grid[1]):

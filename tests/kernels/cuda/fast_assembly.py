@@ -1,12 +1,15 @@
 """What every kernel of the fast tier assembles to, for each tile of the tables, in fast_assembly.json.
 
-`python -m tests.kernels.cuda.fast_assembly --write` rewrites the file; without the option it prints the table. It needs
-numba-cuda and NVIDIA's assembler from its wheel (cuda-toolkit[nvcc]), and no card.
+`python -m tests.kernels.cuda.fast_assembly` rewrites the file, in some minutes; with names of kernels it prints their
+rows instead. It needs numba-cuda and NVIDIA's assembler from its wheel (cuda-toolkit[nvcc]), and no card.
 """
 
 from __future__ import annotations
 
+import ast
+import hashlib
 import importlib.metadata
+import inspect
 import json
 import re
 import subprocess
@@ -19,7 +22,17 @@ from unittest.mock import patch
 
 from numba import cuda
 
-from fastsepconv.kernels.cuda import depthwise_window, partial_sums, pointwise_tensor, separable_rows, tiles
+from fastsepconv.kernels.cuda import (
+    channel_vectors,
+    depthwise_window,
+    fragments,
+    gemm_tile,
+    partial_sums,
+    pointwise_tensor,
+    ptx,
+    separable_rows,
+    tiles,
+)
 
 TABLE = Path(__file__).with_name("fast_assembly.json")
 CAPABILITIES = ("sm_80", "sm_90")
@@ -52,7 +65,7 @@ def kernels() -> Iterator[tuple[str, tiles.TiledKernel]]:
                 yield name, separable_rows.forward(dtype, tile, relu)
 
 
-def ptx(kernel: tiles.TiledKernel) -> str:
+def compiled(kernel: tiles.TiledKernel) -> str:
     """The kernel's PTX for compute capability 8.0, the least that knows all of its instructions."""
     # Numba asks the card for its capability when it types a device function, and uses it for nothing else.
     no_card = patch("numba.cuda.dispatcher.get_current_device", lambda: SimpleNamespace(compute_capability=(8, 0)))
@@ -90,14 +103,32 @@ def assemble(text: str, capability: str) -> dict[str, int]:
 
 def versions() -> dict[str, str]:
     """What the numbers depend on besides the kernels."""
-    return {name: importlib.metadata.version(name) for name in ("numba-cuda", "llvmlite", "nvidia-cuda-nvcc", "nvidia-nvvm")}
+    names = ("numba-cuda", "llvmlite", "nvidia-cuda-nvcc", "nvidia-nvvm")
+    python = "{}.{}".format(*sys.version_info)
+    return {"python": python, **{name: importlib.metadata.version(name) for name in names}}
 
 
-def table() -> dict[str, dict]:
+def sources() -> str:
+    """A digest of the fast tier's code, without comments and docstrings."""
+    gemm = (fragments, gemm_tile, partial_sums, pointwise_tensor, ptx)
+    modules = (*gemm, channel_vectors, depthwise_window, separable_rows, tiles)
+    digest = hashlib.sha256()
+    for module in modules:
+        tree = ast.parse(inspect.getsource(module))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+                node.body = node.body[1:] or [ast.Pass()]
+        digest.update(ast.unparse(tree).encode())
+    return digest.hexdigest()
+
+
+def table(names: list[str]) -> dict[str, dict]:
     """By kernel: the launch bounds, the instructions counted in its PTX, and what each capability's assembly takes."""
     found = {}
     for name, kernel in kernels():
-        text = ptx(kernel)
+        if names and name not in names:
+            continue
+        text = compiled(kernel)
         counts = {key: len(re.findall(pattern, text)) for key, pattern in INSTRUCTIONS.items()}
         assembled = {capability: assemble(text, capability) for capability in CAPABILITIES}
         found[name] = {"bounds": list(kernel.launch_bounds), **counts, **assembled}
@@ -105,13 +136,15 @@ def table() -> dict[str, dict]:
 
 
 def main() -> None:
-    """Print the table, or rewrite the file."""
-    found = {"versions": versions(), "kernels": table()}
-    if "--write" in sys.argv[1:]:
-        rows = ",\n".join(f"    {json.dumps(name)}: {json.dumps(row)}" for name, row in found["kernels"].items())
-        TABLE.write_text(f'{{\n  "versions": {json.dumps(found["versions"])},\n  "kernels": {{\n{rows}\n  }}\n}}\n')
-    else:
+    """Rewrite the file, or print the rows of the kernels that are named."""
+    names = sys.argv[1:]
+    found = table(names)
+    if names:
         print(json.dumps(found))
+        return
+    rows = ",\n".join(f"    {json.dumps(name)}: {json.dumps(row)}" for name, row in found.items())
+    head = f'"versions": {json.dumps(versions())},\n  "sources": {json.dumps(sources())}'
+    TABLE.write_text(f'{{\n  {head},\n  "kernels": {{\n{rows}\n  }}\n}}\n')
 
 
 if __name__ == "__main__":
