@@ -17,6 +17,8 @@ from . import fragments, ptx
 from .fragments import CopyPlan, Layout, between, copy_plan, inlined, select
 
 STEP_BYTES = 32  # along the depth: two chunks
+TF32_BITS = np.uint32(0xFFFFE000)  # sign, exponent and 10 bits of a float32
+HALF_UNIT = np.uint32(0x1000)  # half of the last of them
 
 
 class Numbers(NamedTuple):
@@ -181,9 +183,11 @@ def multiplier(numbers: Numbers, row_tiles: int, column_tiles: int):
 
 
 def _multiplier_three_products(row_tiles: int, column_tiles: int):
-    """float32 out of TF32: x = high + low, each rounded to 11 bits, and x*y = high*low + low*high + high*high.
+    """float32 out of TF32: x = high + low, and x*y = high*low + low*high + high*high.
 
-    What is left out, low*low, is below 2^-22 of the product. Tensor cores cut sums off instead of rounding them; so
+    high is x rounded to TF32's 11 bits, by integer operations since conversions are few a cycle; low is what remains,
+    cut off after 11 bits. A NaN whose bits overflow in high is still a NaN in low. What is left out, low*low, is below
+    2^-22 of the product, and its sign is as good as random. Tensor cores cut sums off instead of rounding them; so
     every step sums from zero, and ordinary additions, which round, gather the steps.
     Assumes: finite numbers. An infinity has no low part, and its products with low parts of zero make NaN of it.
     Source: Ootomo and Yokota, "Recovering single precision accuracy from Tensor Cores", 2022.
@@ -195,8 +199,8 @@ def _multiplier_three_products(row_tiles: int, column_tiles: int):
     def split(registers, first, lows, count):
         for i in range(count):
             value = ptx.float_of(registers[first + i])
-            high = ptx.round_tf32(value)
-            lows[i] = ptx.round_tf32(value - ptx.float_of(high))
+            high = np.uint32((registers[first + i] + HALF_UNIT) & TF32_BITS)
+            lows[i] = ptx.bits_of(value - ptx.float_of(high)) & TF32_BITS
             registers[first + i] = high
 
     @inlined

@@ -145,7 +145,7 @@ def forward(dtype: str, tile: GemmTile) -> TiledKernel:
     accumulate, clear = _accumulator(dtype, tile, True, False), _zeros(tile.sums)
     place, warp_place = _placing(tile)
     finish = gemm_tile.finisher(numbers, tile.row_tiles, tile.column_tiles)
-    store = gemm_tile.storer(numbers.itemsize, dtype, tile.row_tiles, tile.column_tiles, tile.copy_bytes)
+    store = gemm_tile.storer(numbers.itemsize, dtype, tile.row_tiles, tile.column_tiles, tile.store_bytes)
     count, room = tile.sums, 16 * spread_bytes(8 * tile.column_tiles, numbers.itemsize)
 
     def pointwise_forward(x, w, bias, y, rows, columns, depth, has_bias, low, high):
@@ -177,7 +177,7 @@ def input_gradient(dtype: str, tile: GemmTile) -> TiledKernel:
     numbers = NUMBERS[dtype]
     accumulate, clear = _accumulator(dtype, tile, True, True), _zeros(tile.sums)
     place, warp_place = _placing(tile)
-    store = gemm_tile.storer(numbers.itemsize, dtype, tile.row_tiles, tile.column_tiles, tile.copy_bytes)
+    store = gemm_tile.storer(numbers.itemsize, dtype, tile.row_tiles, tile.column_tiles, tile.store_bytes)
     count, room = tile.sums, 16 * spread_bytes(8 * tile.column_tiles, numbers.itemsize)
 
     def pointwise_input_gradient(dy, w, d_x, rows, columns, depth):
@@ -209,7 +209,7 @@ def kernel_gradient(dtype: str, tile: GemmTile) -> TiledKernel:
     numbers = NUMBERS[dtype]
     accumulate, clear = _accumulator(dtype, tile, False, False), _zeros(tile.sums)
     place, warp_place = _placing(tile)
-    store = gemm_tile.storer(4, "float32", tile.row_tiles, tile.column_tiles, tile.copy_bytes)
+    store = gemm_tile.storer(4, "float32", tile.row_tiles, tile.column_tiles, tile.store_bytes)
     count, room = tile.sums, 16 * spread_bytes(8 * tile.column_tiles, 4)
 
     def pointwise_kernel_gradient(x, dy, partials, rows, columns, depth, share):

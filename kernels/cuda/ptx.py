@@ -147,8 +147,10 @@ def _filling(text: str, target: Registers, *kinds: Operand, update: bool = False
     return _intrinsic(instruction, 2 + sum(kind.takes for kind in kinds))
 
 
-def _if_wanted(predicate: str, action: str, otherwise: str = "") -> str:
-    return f"{{ .reg .pred %p; {otherwise} setp.ne.b32 %p, {predicate}, 0; @%p {action} }}"
+def _if_wanted(predicate: str, action: str, *otherwise: str) -> str:
+    """The action where the predicate holds, else the others. No output is written before the last input is read."""
+    others = "".join(f" @!%p {other}" for other in otherwise)
+    return f"{{ .reg .pred %p; setp.ne.b32 %p, {predicate}, 0; @%p {action}{others} }}"
 
 
 @intrinsic
@@ -228,10 +230,10 @@ store_shared_128 = _instruction(
 
 
 def _load_global(count: int):
-    zeros = "".join(f"mov.b32 ${i}, 0; " for i in range(count))
+    zeros = [f"mov.b32 ${i}, 0;" for i in range(count)]
     targets = ", ".join(f"${i}" for i in range(count))
     action = f"ld.global.nc.v{count}.b32 {{{targets}}}, [${count + 1}];"
-    return _filling(_if_wanted(f"${count}", action, zeros), Registers(count), Integer(), Address(), effect=True)
+    return _filling(_if_wanted(f"${count}", action, *zeros), Registers(count), Integer(), Address(), effect=True)
 
 
 def _store_global(count: int):

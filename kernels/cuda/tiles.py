@@ -60,6 +60,11 @@ class GemmTile(NamedTuple):
         return self.columns // self.warp_columns // 8
 
     @property
+    def store_bytes(self) -> int:
+        """Of the result, what a thread writes at once."""
+        return 16 if self.copy_bytes == 16 else 4
+
+    @property
     def sums(self) -> int:
         """Sums that a thread holds."""
         return 4 * self.row_tiles * self.column_tiles
@@ -85,7 +90,11 @@ _WIDE_FLOAT = _WIDE._replace(
     reason="three products a step want registers for both halves of each number: 8 warps of 64x32, one block",
 )
 _NARROW_FLOAT = _NARROW._replace(
-    warp_rows=8, blocks=1, reason=_NARROW.reason + "; 8 warps of 16x104 for the registers' sake, one block"
+    warp_rows=8,
+    blocks=1,
+    speed=0.85,
+    reason=_NARROW.reason + "; 8 warps of 16x104 for the registers' sake, each of which splits all of B: 500 "
+    "instructions for 78 products, where the wide tile has 440 for 96",
 )
 _SMALL = GemmTile(
     "small", 64, 64, 2, 2, 4, 4, 16, 0.7,
