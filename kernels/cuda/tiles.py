@@ -229,7 +229,7 @@ _WINDOW_HALF = WindowTile(
     "8 channels, 16 bytes: 72 taps in float32 fill 168 registers; 12 warps, each asking for what 24 of 8 bytes would",
 )  # fmt: skip
 WINDOWS: dict[str, dict[int, WindowTile]] = {  # forward, by stride
-    "float32": {1: _WINDOW_FLOAT, 2: _WINDOW_FLOAT._replace(stride=2)},
+    "float32": {1: _WINDOW_FLOAT, 2: _WINDOW_FLOAT._replace(stride=2, blocks=3)},
     "bfloat16": {1: _WINDOW_HALF, 2: _WINDOW_HALF._replace(stride=2, blocks=2)},
     "float16": {1: _WINDOW_HALF, 2: _WINDOW_HALF._replace(stride=2, blocks=2)},
 }
