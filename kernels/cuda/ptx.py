@@ -41,13 +41,6 @@ class Integer(Operand):
         return [builder.zext(value, _I32) if value.type.width < 32 else value]
 
 
-class Short(Operand):
-    """An integer's low 16 bits."""
-
-    def values(self, context, builder, argument_types, arguments):
-        return [builder.trunc(arguments[0], _I16) if arguments[0].type.width > 16 else arguments[0]]
-
-
 class Float(Operand):
     """A float32."""
 
@@ -267,7 +260,6 @@ store_global_64 = _store_global(2)
 store_global_32 = _instruction(
     _if_wanted("$0", "st.global.b32 [$1], $2;"), Integer(), Address(), Integer(), effect=True
 )
-store_global_16 = _instruction(_if_wanted("$0", "st.global.b16 [$1], $2;"), Integer(), Address(), Short(), effect=True)
 
 # Numbers and their bits. The rounding ones round to nearest; tf32's ties go away from zero, the others' to even.
 bits_of = _instruction("mov.b32 $0, $1;", Float(), result=types.uint32)

@@ -1,6 +1,6 @@
-"""The fast kernels assemble without a card, spill nothing, leave room for the blocks they promise, and hold the
+"""The fast kernels assemble without a card, spill nothing, and hold the instructions they are written for.
 
-instructions they are written for. The whole table takes minutes, so it carries a digest of the sources it was made
+They leave room on a multiprocessor for the blocks they promise. The whole table takes minutes, so it carries a digest of the sources it was made
 from; here one tile of each kernel and dtype is assembled anew and held against it.
 """
 

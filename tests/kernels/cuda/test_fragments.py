@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("numba_cuda", reason="pip install 'fastsepconv[cuda13]'")
 
 from fastsepconv.kernels.cuda import fragments, gemm_tile, pointwise_tensor, tiles
-from tests.kernels.cuda import emulator
+from tests.kernels.cuda import emulated_memory, emulator
 from tests.kernels.cuda.test_fast_kernels import MODULES, poisoned, stored
 
 LANES = np.arange(32)
@@ -110,13 +110,13 @@ def run_small(rng, dtype="bfloat16"):
 
 def test_the_emulation_notices_a_lacking_barrier_of_the_block(rng, monkeypatch):
     run_small(rng)
-    monkeypatch.setattr(emulator.SharedMemory, "barrier", lambda self: None)
+    monkeypatch.setattr(emulated_memory.SharedMemory, "barrier", lambda self: None)
     with pytest.raises(AssertionError, match="no barrier between"):
         run_small(rng)
 
 
 def test_the_emulation_notices_a_lacking_barrier_of_the_warp(rng, monkeypatch):
-    monkeypatch.setattr(emulator.SharedMemory, "warp_barrier", lambda self: None)
+    monkeypatch.setattr(emulated_memory.SharedMemory, "warp_barrier", lambda self: None)
     with pytest.raises(AssertionError, match="no barrier between"):
         run_small(rng)
 
@@ -135,14 +135,14 @@ def test_the_emulation_sees_a_read_past_an_array(rng, monkeypatch):
 
 
 def test_the_emulation_counts_colliding_banks():
-    shared = emulator.SharedMemory(8192, 32)
+    shared = emulated_memory.SharedMemory(8192, 32)
     for stride, passes in ((4, 1), (8, 2), (128, 32)):
         shared.conflicts.clear()
-        shared.count_conflicts("load32", emulator.BASE + stride * LANES, LANES, 4)
+        shared.count_conflicts("load32", emulated_memory.BASE + stride * LANES, LANES, 4)
         assert shared.conflicts["load32"] == passes - 1
     for stride, passes in ((16, 1), (32, 2), (128, 8), (0, 1)):
         shared.conflicts.clear()
-        shared.count_conflicts("matrix", emulator.BASE + stride * LANES[:8], LANES[:8], 16)
+        shared.count_conflicts("matrix", emulated_memory.BASE + stride * LANES[:8], LANES[:8], 16)
         assert shared.conflicts["matrix"] == passes - 1
 
 
