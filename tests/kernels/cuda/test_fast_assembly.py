@@ -1,7 +1,7 @@
 """The fast kernels assemble without a card, spill nothing, and hold the instructions they are written for.
 
-They leave room on a multiprocessor for the blocks they promise. The whole table takes minutes, so it carries a digest of the sources it was made
-from; here one tile of each kernel and dtype is assembled anew and held against it.
+They leave room on a multiprocessor for the blocks they promise. The whole table takes minutes, so it carries a digest
+of the sources it was made from; here one tile of each kernel and dtype is assembled anew and held against it.
 """
 
 from __future__ import annotations
