@@ -19,6 +19,7 @@ WORD_SIZE = 8
 
 def named_memory(name: str, memory: ctypes.Array) -> Callable:
     """Makes `memory` known to compiled code; there, what is returned gives its address."""
+    keep_for_good(memory)
     llvm.add_symbol(name, ctypes.addressof(memory))
 
     @intrinsic
@@ -29,6 +30,11 @@ def named_memory(name: str, memory: ctypes.Array) -> Callable:
         return types.intp(), codegen
 
     return address_of
+
+
+def keep_for_good(memory: object) -> None:
+    """Never free `memory`, not even as Python ends: a thread of TensorFlow's may still be in a kernel then."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(memory))
 
 
 def external_word(builder, name: str):

@@ -21,7 +21,7 @@ from .jit import kernel
 from .memory import address, ceil_div, keep, share, view
 from .multiplier import repeat_channels, single, sum_repeated
 from .pointwise import add_groups, column_sums
-from .pool import parallel_kernel
+from .pool import compiled_once, parallel_kernel
 from .scratch import give, take
 from .simd import lanes
 from .tiles import CHOSEN
@@ -167,7 +167,7 @@ def input_gradient(dtype, worker, workers, g, kernel, dy, d_x):
                 _input_line(dtype, g, c, min(step, g.channels - c), i // g.height, i % g.height, kernel, dy, d_x)
 
 
-@kernel
+@compiled_once
 def _correlate_columns(
     dtype, g, c, count, sliding, s, n_first, n_last, p_first, p_last, r, q_first, q_last, x, dy, out
 ):

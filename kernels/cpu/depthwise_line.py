@@ -12,6 +12,7 @@ import numpy as np
 from .depthwise_tiles import PIXELS, SLIDES, SLIDING_TAPS, depthwise_tile, sliding_channels, sliding_tile
 from .jit import kernel
 from .memory import ceil_div
+from .pool import compiled_once
 
 
 @kernel
@@ -27,7 +28,7 @@ def inside(origin, step, count, size):
     return first, max(first, min(last, count))
 
 
-@kernel
+@compiled_once
 def _tiles(
     dtype, count, first, last, inner_first, inner_last, x, x_row, rows, origin, pixel_step, tap_step, taps, size,
     channels, kernel, kernel_row, kernel_tap, bias, y, y_pixel, low, high,
@@ -60,7 +61,7 @@ def sliding_pixels(left):
     return 0
 
 
-@kernel
+@compiled_once
 def _slide(
     dtype, count, pixels, cut_left, cut_right, x, x_row, rows, x_pixel, kernel, kernel_row, kernel_tap,
     bias, y, y_pixel, low, high,

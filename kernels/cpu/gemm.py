@@ -16,6 +16,7 @@ from .gemm_tile import GEMM_ROWS, gemm_columns, gemm_tile
 from .jit import kernel
 from .memory import ceil_div, share
 from .packing import pack, pack_panel, packed_length
+from .pool import compiled_once
 from .simd import CACHE_LINE, L1_PERIOD
 
 TILE_ROWS = GEMM_ROWS[0]
@@ -140,7 +141,7 @@ def _lines(dtype, columns):
     return ceil_div(columns * np.empty(0, dtype).itemsize, CACHE_LINE) + 1
 
 
-@kernel
+@compiled_once
 def _multiply_panel(
     dtype, rows, depth, filters, columns, a, a_row, tail, b, b_step, panel, next_b, next_step, ahead, ahead_step,
     start, y, past_caches, low, high,

@@ -33,7 +33,7 @@ from .gemm_tile import gemm_columns, gemm_tile
 from .jit import kernel
 from .memory import address, ceil_div, copy, fence, keep, share, view
 from .packing import pack_panel, pack_strip, strip_width
-from .pool import parallel_kernel
+from .pool import compiled_once, parallel_kernel
 from .scratch import give, require, take, take_in_share
 
 GRADIENT_BLOCK_ROWS = 192  # rows summed in registers before d_kernel is touched again: L1 holds their panel and strip
@@ -103,7 +103,7 @@ def forward(dtype, rows, depth, filters, x, kernel, bias, y, low, high, threads)
     multiply(dtype, rows, depth, filters, x, kernel, filters, 1, bias, y, low, high, threads)
 
 
-@kernel
+@compiled_once
 def _gradient_panel(dtype, rows, tiles, depth, columns, strips, dy, dy_row, panel, d_kernel, fresh, ahead, ahead_step):
     """Adds x^T.dy over one block of rows to one panel's columns of d_kernel, as many rows of it as there are strips.
 

@@ -1,4 +1,4 @@
-"""Kernels that run on Numba's thread pool: `parallel_kernel` makes one of a function that does one worker's share.
+"""Kernels that run on a thread pool: `parallel_kernel` makes one of a function that does one worker's share.
 
     @parallel_kernel
     def _fill(dtype, worker, workers, length, y): ...       # one worker's share
@@ -9,6 +9,8 @@ Why not `prange`: each share is compiled once for a dtype and called by address,
 caller, compiles its vector code again; two loops in a row are never fused into one; and nothing is taken for dead
 because an address hides who reads it. The pool is the package's own or one of Numba's, called as Numba's generated
 code calls it.
+
+`compiled_once` does the same for what several shares call: Numba would compile a tile's code for each of them anew.
 """
 
 from __future__ import annotations
@@ -17,23 +19,28 @@ import ctypes
 import inspect
 import traceback
 from collections.abc import Callable
+from types import ModuleType
 
 import llvmlite.binding as llvm
 import numpy as np
 from llvmlite import ir
 from numba import typeof
 from numba.core import cgutils, types
+from numba.core.dispatcher import Dispatcher
+from numba.core.extending import _Intrinsic
 from numba.extending import intrinsic
 
 from ..geometry import Geometry
 from . import threads
-from .atomics import WORD, external_word
+from .atomics import WORD, external_word, keep_for_good
 from .jit import Callback
 
 _BYTES = ir.IntType(8).as_pointer()
 _GEOMETRY = typeof(Geometry(*[0] * len(Geometry._fields)))
 _DTYPES = {types.float32: np.float32, types.float64: np.float64}
-_shares: dict[bytes, tuple[ctypes.Array, Callback]] = {}
+# By name: the cell, what fills it, the function, the dtype.
+_functions: dict[bytes, tuple[ctypes.Array, Callback, Callable, types.Float]] = {}
+_called_by_address: dict[_Intrinsic, Callable] = {}
 
 
 def parallel_kernel(function: Callable) -> Callable:
@@ -43,9 +50,9 @@ def parallel_kernel(function: Callable) -> Callable:
     The shares must not depend on each other: they may run one after another, on one thread. There may be more of them
     than threads: a thread that is done takes another.
     """
-    names = list(inspect.signature(function).parameters)[3:]
+    names = _parameters(function, 3)
     for scalar in _DTYPES:
-        _register(function, scalar, names)
+        _register(function, scalar, (types.intp, types.intp, *_parameter_types(names, scalar)))
 
     @intrinsic
     def run(typing_context, dtype, threads, *arguments):
@@ -55,9 +62,7 @@ def parallel_kernel(function: Callable) -> Callable:
         def codegen(context, builder, signature, values):
             dtype_value, workers, arguments = values
             values = [dtype_value, workers, *cgutils.unpack_tuple(builder, arguments, len(parameters))]
-            _emit_run(
-                context, builder, _share_name(function, scalar), [dtype, types.intp, types.intp, *parameters], values
-            )
+            _emit_run(context, builder, _name(function, scalar), [dtype, types.intp, types.intp, *parameters], values)
             return context.get_dummy_value()
 
         return types.void(dtype, types.intp, types.Tuple(parameters)), codegen
@@ -65,21 +70,54 @@ def parallel_kernel(function: Callable) -> Callable:
     return run
 
 
-def _share_name(function: Callable, scalar: types.Float) -> str:
+def compiled_once(function: Callable) -> Callable:
+    """Compile `function(dtype, ...)`, which returns nothing and is called by shares, once for a dtype.
+
+    Parameters are as in `parallel_kernel`. A share that names it, or calls a kernel that does, finds it compiled.
+    """
+    names = _parameters(function, 1)
+    for scalar in _DTYPES:
+        _register(function, scalar, _parameter_types(names, scalar))
+
+    @intrinsic
+    def call(typing_context, dtype, *arguments):
+        scalar = dtype.instance_type
+        parameters = _parameter_types(names, scalar)
+
+        def codegen(context, builder, signature, values):
+            dtype_value, arguments = values
+            values = [dtype_value, *cgutils.unpack_tuple(builder, arguments, len(parameters))]
+            callee = _emit_address(context, builder, _name(function, scalar))
+            callee_type = ir.FunctionType(ir.VoidType(), [value.type for value in values])
+            builder.call(builder.inttoptr(callee, callee_type.as_pointer()), values)
+            return context.get_dummy_value()
+
+        return types.void(dtype, types.Tuple(parameters)), codegen
+
+    _called_by_address[call] = function
+    return call
+
+
+def _parameters(function: Callable, first: int) -> list[str]:
+    return list(inspect.signature(function).parameters)[first:]
+
+
+def _name(function: Callable, scalar: types.Float) -> str:
     return f"fastsepconv:{function.__module__}.{function.__qualname__}:{scalar}"
 
 
-def _parameter_types(names: list[str], scalar: types.Float) -> list[types.Type]:
-    return [_GEOMETRY if name == "g" else scalar if name in ("low", "high") else types.intp for name in names]
+def _parameter_types(names: list[str], scalar: types.Float) -> tuple[types.Type, ...]:
+    return tuple(_GEOMETRY if name == "g" else scalar if name in ("low", "high") else types.intp for name in names)
 
 
-def _register(function: Callable, scalar: types.Float, names: list[str]) -> None:
-    """Give a share a cell for its address, 0 until it is compiled. Compiled callers know the cell by name."""
-    name = _share_name(function, scalar)
+def _register(function: Callable, scalar: types.Float, parameters: tuple[types.Type, ...]) -> None:
+    """Give a function a cell for its address, 0 until it is compiled. Compiled callers know the cell by name."""
+    name = _name(function, scalar)
     cell = (ctypes.c_int64 * 1)(0)
-    parameters = [types.NumberClass(scalar), types.intp, types.intp, *_parameter_types(names, scalar)]
-    options = {"error_model": "numpy"}
-    _shares[name.encode()] = cell, Callback(function, (tuple(parameters), types.void), locals={}, options=options)
+    keep_for_good(cell)
+    signature = (types.NumberClass(scalar), *parameters), types.void
+    callback = Callback(function, signature, locals={}, options={"error_model": "numpy"})
+    _functions[name.encode()] = cell, callback, function, scalar
     llvm.add_symbol(name, ctypes.addressof(cell))
 
 
@@ -87,14 +125,35 @@ def _register(function: Callable, scalar: types.Float, names: list[str]) -> None
 def _compile_share(name: bytes) -> None:
     """Compile the share of that name and fill its cell, or leave it 0 where that fails or is interrupted.
 
-    Every process does so once before it runs the share, and sees to it that there is a pool.
+    A process does so before it first runs the share, and sees to it that there is a pool.
     """
-    cell, callback = _shares[name]
     try:
         threads.ensure_started()
-        cell[0] = callback.address
+        _compile(name)
     except Exception:  # the caller is compiled code, through which no Python exception passes: it raises its own
         traceback.print_exc()
+
+
+def _compile(name: bytes) -> None:
+    """Compile a function, after all that it calls by address: within a share it is too late to say that this failed."""
+    cell, callback, function, scalar = _functions[name]
+    if cell[0] == 0:
+        for called in _calls_by_address(function):
+            _compile(_name(called, scalar).encode())
+        cell[0] = callback.address
+
+
+def _calls_by_address(function: Callable) -> set[Callable]:
+    """The functions made by `compiled_once` that a function names, by itself or in a module, or a kernel it names."""
+    found, names = set(), function.__code__.co_names
+    modules = [value for value in map(function.__globals__.get, names) if isinstance(value, ModuleType)]
+    places = [function.__globals__, *map(vars, modules)]
+    for value in (place.get(name) for place in places for name in names):
+        if isinstance(value, Dispatcher):
+            found |= _calls_by_address(value.py_func)
+        elif isinstance(value, _Intrinsic) and value in _called_by_address:
+            found.add(_called_by_address[value])
+    return found
 
 
 llvm.add_symbol("fastsepconv_compile_share", ctypes.cast(_compile_share, ctypes.c_void_p).value)

@@ -8,6 +8,7 @@ may take from and give to without a lock. The shelf holds as many blocks as were
 from __future__ import annotations
 
 import ctypes
+import sys
 
 import llvmlite.binding as llvm
 import numpy as np
@@ -25,8 +26,10 @@ _HEADER = CACHE_LINE  # before the block: [the address that malloc gave, the blo
 
 _shelf = (ctypes.c_int64 * SHELF_PLACES)()
 _shelf_address = atomics.named_memory("fastsepconv_shelf", _shelf)
-for _name in ("malloc", "free"):  # Python's names for the C library's, safe in any thread without the GIL
-    _function = getattr(ctypes.pythonapi, f"PyMem_Raw{_name.capitalize()}")
+# The C library's, not Python's: those may want the GIL, which a thread that waits for this one may hold.
+_c_library = ctypes.CDLL("msvcrt" if sys.platform == "win32" else None)
+for _name in ("malloc", "free"):
+    _function = getattr(_c_library, _name)
     llvm.add_symbol(f"fastsepconv_{_name}", ctypes.cast(_function, ctypes.c_void_p).value)
 
 _malloc = types.ExternalFunction("fastsepconv_malloc", types.intp(types.intp))

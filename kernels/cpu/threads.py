@@ -37,7 +37,7 @@ from numba.extending import intrinsic
 from numba.np.ufunc import parallel
 
 from . import workers
-from .atomics import WORD, WORD_SIZE, external_word
+from .atomics import WORD, WORD_SIZE, external_word, keep_for_good
 
 NUM_THREADS_VARIABLE = "FASTSEPCONV_NUM_THREADS"
 OWN = "own"
@@ -49,6 +49,7 @@ _TBB_LIBRARY = {"linux": "libtbb.so.12", "win32": "tbb12.dll", "darwin": "libtbb
 
 # What compiled code reads, in any thread, whatever module it lies in.
 _cells = (ctypes.c_int64 * 4)(0, SERIAL, 0, 0)
+keep_for_good(_cells)
 _pool_was_forked = False
 llvmlite.binding.add_symbol(CELLS_SYMBOL, ctypes.addressof(_cells))
 
@@ -95,12 +96,16 @@ def ensure_started() -> None:
         ValueError, RuntimeError: as `get_num_threads` and `layer`.
     """
     get_num_threads()
-    if _cells[RUN] != 0:
+    if _is_ready():
         return
     with global_compiler_lock:
-        if _cells[RUN] == 0:
-            _cells[RUN] = _start()
+        if not _is_ready():  # nor half ready, after an interrupt
+            _cells[RUN] = _cells[RUN] or _start()
             _cells[MODE] = _mode()
+
+
+def _is_ready() -> bool:
+    return _cells[RUN] != 0 and (_cells[MODE] != SERIAL or _pool_was_forked)
 
 
 def _start() -> int:
@@ -136,7 +141,7 @@ def describe() -> dict[str, object]:
 
 
 def _own_pool_is_wanted() -> bool:
-    """Whether the user has chosen no other, in the environment or in `numba.config`."""
+    """Whether the user has chosen no other: in the environment, or the layer in `numba.config`."""
     chosen = numba.config.THREADING_LAYER != "default" or _PRIORITY_VARIABLE in os.environ
     return workers.available() and not chosen
 

@@ -17,7 +17,6 @@ import ctypes
 import os
 import platform
 import sys
-import threading
 import time
 
 import llvmlite.binding as llvm
@@ -31,24 +30,25 @@ from .atomics import WORD, WORD_SIZE
 from .jit import callback, kernel
 
 LOOK_OUT_NS = 50_000  # how long a worker looks out for work before it sleeps: longer than a caller's serial stretches
+PATIENCE_NS = 1_000_000  # how long a caller stays awake for a helper that has lost its CPU
 JOBS = 16  # how many callers have helpers at once
 MOST_KEPT_OFF = 8  # workers; with more of them a machine has more CPUs, and the scheduler finds a free one
 CPU_SET_SIZE = 128  # bytes, the C library's
 
 _LINE = 64  # bytes: what one thread writes often shares no cache line with what another does
 # Where the pool's words lie, in bytes.
-_OPENED, _SLEEPERS, _STOPPING, _KEPT_OFF, _SEMAPHORE, _THREADS, _JOBS = (i * _LINE for i in range(7))
-_MASKS = _KEPT_OFF + WORD_SIZE  # after the CPU that workers keep off: the address of a CPU set for each such CPU, or 0
+_OPENED, _SLEEPERS, _STOPPING, _KEPT_OFF, _SEMAPHORE, _THREADS, _FOUND, _JOBS = (i * _LINE for i in (*range(7), 8))
+_MASKS, _MOVING = _KEPT_OFF + 8, _KEPT_OFF + 16  # the address of a CPU set for each CPU kept off, or 0; a lock
 _STATE, _NEXT, _ENTRY, _PACKED, _SHARES, _HELPERS, _JOB_SIZE = 0, 64, 128, 136, 144, 152, 192
-_CLAIMED, _OPEN = 1 << 40, 1 << 41  # a job's state: 0 if free, else one of these, and how many workers have joined
+_CLAIMED, _OPEN = 1 << 40, 1 << 41  # a job's state: 0 if free, else one of these, plus the workers that are at it now
+_CPUS = 8 * CPU_SET_SIZE
 
 # The instruction that tells a processor that a loop waits: LLVM's name for it and its operands.
 _PAUSES = {"x86_64": ("llvm.x86.sse2.pause", []), "aarch64": ("llvm.aarch64.hint", [ir.IntType(32)(1)])}
 
 _words = (ctypes.c_int64 * ((_JOBS + JOBS * _JOB_SIZE) // WORD_SIZE))()
 _pool = atomics.named_memory("fastsepconv_workers", _words)
-_members: list[threading.Thread] = []
-_kept: list[np.ndarray] = []  # what the words hold addresses of
+_members: list[ctypes.c_void_p] = []  # POSIX threads: they are nothing to Python, which knows them only by address
 
 
 def _c_function(name: str, parameters: int) -> types.ExternalFunction:
@@ -62,7 +62,9 @@ _sem_post = _c_function("sem_post", 1)
 _sem_wait = _c_function("sem_wait", 1)
 _sched_getcpu = _c_function("sched_getcpu", 0)
 _sched_yield = _c_function("sched_yield", 0)
-_sched_setaffinity = _c_function("sched_setaffinity", 3)
+_usleep = _c_function("usleep", 1)
+_setaffinity = _c_function("pthread_setaffinity_np", 3)
+_getaffinity = _c_function("pthread_getaffinity_np", 3)
 _c_function("clock_gettime", 2)
 
 
@@ -72,46 +74,52 @@ def available() -> bool:
 
 
 def start(count: int) -> int:
-    """Start `count` workers.
+    """Start `count` workers, or as many as the system allows. Called again after an interrupt, it starts the others.
 
     Returns:
         The address of a function that does parallel work, with the parameters of Numba's `numba_parallel_for`.
     """
-    address, work = _run.address, ctypes.CFUNCTYPE(None, ctypes.c_int64)(_work.address)
-    ctypes.CDLL(None).sem_init(ctypes.byref(_words, _SEMAPHORE), 0, 0)
-    _members.extend(
-        threading.Thread(target=work, args=(i,), name=f"fastsepconv-{i}", daemon=True) for i in range(count)
-    )
-    for member in _members:
-        member.start()
+    address, work = _run.address, ctypes.c_void_p(_work.address)
+    library = ctypes.CDLL(None)
+    if not _members:
+        library.sem_init(ctypes.byref(_words, _SEMAPHORE), 0, 0)
+        atexit.register(_stop, os.getpid())
+    while len(_members) < count:
+        member = ctypes.c_void_p()
+        if library.pthread_create(ctypes.byref(member), None, work, None) != 0:
+            break
+        _members.append(member)
     _prepare_to_keep_off()
-    atexit.register(_stop)
     return address
 
 
 def _prepare_to_keep_off() -> None:
-    """For each CPU, the set of those that workers may run on while their caller is there."""
+    """For each CPU, the set of those that workers may run on while their caller is there; the last row is all."""
     allowed = os.sched_getaffinity(0)
-    if len(allowed) < 2 or len(_members) > MOST_KEPT_OFF or max(allowed) >= 8 * CPU_SET_SIZE:
+    if not len(_members) < len(allowed) or len(_members) > MOST_KEPT_OFF or max(allowed) >= _CPUS:
         return
-    masks = np.zeros((8 * CPU_SET_SIZE, CPU_SET_SIZE), np.uint8)
+    masks = np.zeros((_CPUS + 1, CPU_SET_SIZE), np.uint8)
     for cpu in allowed:
-        masks[:cpu, cpu // 8] |= 1 << cpu % 8
-        masks[cpu + 1 :, cpu // 8] |= 1 << cpu % 8
+        masks[:, cpu // 8] |= np.uint8(1 << cpu % 8)
+        masks[cpu, cpu // 8] &= np.uint8(~(1 << cpu % 8) & 255)
+    atomics.keep_for_good(masks)
     for i, member in enumerate(_members):
-        _words[_THREADS // WORD_SIZE + i] = member.native_id or 0
-    _words[_KEPT_OFF // WORD_SIZE] = -1
+        _words[_THREADS // WORD_SIZE + i] = member.value or 0
+    _words[_KEPT_OFF // WORD_SIZE] = _CPUS
     _words[_MASKS // WORD_SIZE] = masks.ctypes.data
-    _kept.append(masks)
 
 
-def _stop() -> None:
-    """At the end of the process: workers must be gone before their code is."""
+def _stop(process: int) -> None:
+    """At the end of the process that started them: workers go before what they use does."""
+    if os.getpid() != process:
+        return
+    _words[_MASKS // WORD_SIZE] = 0
     _words[_STOPPING // WORD_SIZE] = 1
+    library = ctypes.CDLL(None)
     for _ in _members:
-        ctypes.CDLL(None).sem_post(ctypes.byref(_words, _SEMAPHORE))
+        library.sem_post(ctypes.byref(_words, _SEMAPHORE))
     for member in _members:
-        member.join()
+        library.pthread_join(member, None)
 
 
 @callback(types.void(*[types.intp] * 8))
@@ -161,16 +169,19 @@ def _take_shares(job):
 @kernel
 def _wait_for_helpers(job):
     """Returns when all have left a closed job. One that lost its CPU in the middle of a share may want this one."""
-    until = _monotonic_ns() + LOOK_OUT_NS
+    began = _monotonic_ns()
     while atomics.load(job + _STATE) != _CLAIMED:
-        if _monotonic_ns() < until:
+        waited = _monotonic_ns() - began
+        if waited < LOOK_OUT_NS:
             _pause()
-        else:
+        elif waited < PATIENCE_NS:
             _sched_yield()
+        else:
+            _usleep(LOOK_OUT_NS // 1000)
 
 
-@callback(types.void(types.intp))
-def _work(number):
+@callback(types.intp(types.intp))
+def _work(unused):
     """A worker's life."""
     while atomics.load(_pool() + _STOPPING) == 0:
         opened = atomics.load(_pool() + _OPENED)
@@ -179,12 +190,15 @@ def _work(number):
             helped |= _help(_pool() + _JOBS + number * _JOB_SIZE)
         if not helped:
             _wait_for_work(opened)
+    return 0
 
 
 @kernel
 def _help(job):
     """Joins a job if it is open and wants more helpers, takes shares, leaves; says whether it did."""
     state = atomics.load(job + _STATE)
+    if atomics.load(job + _NEXT) >= atomics.load(job + _SHARES):  # too late: it would only keep the caller waiting
+        return False
     while state >= _OPEN and state - _OPEN < atomics.load(job + _HELPERS):
         if atomics.replace(job + _STATE, state, state + 1):
             _take_shares(job)
@@ -230,17 +244,32 @@ def _one_sleeper_less():
 
 @kernel
 def _keep_workers_off():
-    """Keeps the workers off the CPU that the caller runs on: a system call for each, where it has moved."""
-    masks = atomics.load(_pool() + _MASKS)
+    """Keeps the workers off the CPU that the caller runs on, where it has moved: two system calls for each."""
+    masks, kept_off = atomics.load(_pool() + _MASKS), atomics.load(_pool() + _KEPT_OFF)
     if masks == 0:
         return
     cpu = _sched_getcpu()
-    if cpu < 0 or atomics.exchange(_pool() + _KEPT_OFF, cpu) == cpu:
+    if cpu == kept_off or not 0 <= cpu < _CPUS or not atomics.replace(_pool() + _MOVING, 0, 1):
         return
     for i in range(MOST_KEPT_OFF):
         thread = atomics.load(_pool() + _THREADS + i * WORD_SIZE)
         if thread != 0:
-            _sched_setaffinity(thread, CPU_SET_SIZE, masks + cpu * CPU_SET_SIZE)
+            if not _runs_where(thread, masks + kept_off * CPU_SET_SIZE):
+                atomics.store(_pool() + _MASKS, 0)
+                break
+            _setaffinity(thread, CPU_SET_SIZE, masks + cpu * CPU_SET_SIZE)
+    atomics.store(_pool() + _KEPT_OFF, cpu)
+    atomics.store(_pool() + _MOVING, 0)
+
+
+@kernel
+def _runs_where(thread, mask):
+    """Whether a worker may still run where it was told to. If not, somebody else said where, and knows better."""
+    _getaffinity(thread, CPU_SET_SIZE, _pool() + _FOUND)
+    for offset in range(0, CPU_SET_SIZE, WORD_SIZE):
+        if atomics.load(_pool() + _FOUND + offset) != atomics.load(mask + offset):
+            return False
+    return True
 
 
 @intrinsic
