@@ -20,7 +20,7 @@ from fastsepconv.cli.recipe import Recipe
 
 VERIFIED_IMAGES = 16  # one batch through both networks, eagerly and with every layer's result looked at
 FLOAT64_IMAGES = 4  # the same in float64
-ROUNDS, STEPS = 3, 2  # of alternating timing; the first step of each turn is not counted
+ROUNDS, STEPS = 2, 2  # of alternating timing; the first step of each turn is not counted
 
 
 class Times(NamedTuple):

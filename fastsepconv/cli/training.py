@@ -94,6 +94,10 @@ def build(recipe: Recipe, input_shape: tuple[int, ...], classes: int, steps: int
     )
     optimizer = keras.optimizers.Adam(learning_rate(recipe, steps))
     model.compile(optimizer, "sparse_categorical_crossentropy", metrics=["accuracy"])
+    # Were variables made while Keras traces the first step, it would trace that twice.
+    optimizer.build(model.trainable_variables)
+    model.compute_metrics(None, np.zeros(1), np.ones((1, classes), "float32") / classes)
+    model.reset_metrics()
     return model
 
 
