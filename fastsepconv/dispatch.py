@@ -115,6 +115,11 @@ def runnable() -> tuple[str, ...]:
     return tuple(backend.name for backend in BACKENDS if _obstacle(backend) is None)
 
 
+def obstacle(name: str) -> str | None:
+    """Why the backend of that name cannot run here, in one sentence without its period; None: it can."""
+    return next(_obstacle(backend) for backend in BACKENDS if backend.name == name)
+
+
 def kernels(backend: str | None = None) -> ModuleType:
     """The module whose kernels a call with this `backend=` uses."""
     return _kernels(get_backend() if backend is None else checks.one_of("backend", backend, NAMES))

@@ -1,8 +1,9 @@
 """PyTorch tensors to the kernels' addresses: what an operator does when it runs.
 
-Checks, memory and dtypes are the same on every device; `_DEVICES` says who computes on which. On the CPU it is the
-backend of `set_backend`; one that is not the CPU's own is handed arrays that share the tensors' memory. Memory for the
-results comes from PyTorch's own allocator; inputs are copied only where they are not contiguous or of a half type.
+Checks, memory and dtypes are the same on every device; `_kernels_on` says who computes on which. On the CPU it is the
+backend of `set_backend`; one that is not the CPU's own is handed arrays that share the tensors' memory. On a card it is
+the CUDA backend, on PyTorch's current stream. Memory for the results comes from PyTorch's own allocator; inputs are
+copied only where they are not contiguous, or of a half type on the CPU.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from .. import checks, dispatch
 from ..kernels import cpu
 from ..kernels.cpu import depthwise, pointwise, separable, threads
+from . import torch_cuda
 from .static_shapes import output_shape
 
 OPERANDS = {
@@ -153,8 +155,19 @@ def _on_cpu(kind: str, way: str, sizes: tuple, tensors: Sequence[Any]) -> None:
 
 
 def _on_arrays(kernels: ModuleType, kind: str, way: str, sizes: tuple, tensors: Sequence[Any]) -> None:
-    """The same by the functions of a backend's module, which take arrays, and pointwise kernels as matrices."""
-    arrays: list[Any] = [None if tensor is None else tensor.numpy() for tensor in tensors]
+    """The same by the functions of a backend's module, which take arrays."""
+    arrays = [None if tensor is None else tensor.numpy() for tensor in tensors]
+    _call(kernels, kind, way, sizes, arrays)
+
+
+def _on_card(kernels: ModuleType, kind: str, way: str, sizes: tuple, tensors: Sequence[Any]) -> None:
+    """The same for tensors on a card, by the functions of the CUDA backend."""
+    with torch_cuda.current(tensors[0].device):
+        _call(kernels, kind, way, sizes, torch_cuda.described(tensors))
+
+
+def _call(kernels: ModuleType, kind: str, way: str, sizes: tuple, arrays: list[Any]) -> None:
+    """A backend's function on arrays of its own kind, which takes pointwise kernels as matrices."""
     matrices = {"depthwise": (), "separable": (2, 6), "pointwise": tuple(range(len(arrays)))}
     for i in matrices[kind]:  # the pointwise kernel and its gradient; of a pointwise convolution all but the bias
         if i < len(arrays) and arrays[i] is not None and arrays[i].ndim > 1:
@@ -172,6 +185,7 @@ def _kernels_on(device: torch.device) -> Device:
 
     Raises:
         RuntimeError: nothing does; the message says what is missing.
+        ValueError: it is a card, and the backend that was set is neither "auto" nor "cuda".
     """
     if device.type in _DEVICES:
         kernels = dispatch.kernels()
@@ -180,6 +194,7 @@ def _kernels_on(device: torch.device) -> Device:
         return _DEVICES[device.type]
     missing: str | None = "there are kernels for the CPU and for CUDA only"
     if device.type == "cuda":
-        missing = next(backend.obstacle() for backend in dispatch.BACKENDS if backend.name == "cuda")
-        missing = missing or "its CUDA kernels do not serve PyTorch yet"
+        missing = dispatch.obstacle("cuda")
+        if missing is None:
+            return Device({}, partial(_on_card, dispatch.kernels_on_card()))
     raise RuntimeError(f"fastsepconv cannot compute where x is, on {device}: {missing}.")
