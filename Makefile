@@ -1,10 +1,10 @@
 # `make demo` and `make test` set everything up in .venv and run; set-up is skipped while pyproject.toml stays the same.
-#   PYTHON=...  the Python (3.11 to 3.13) to build .venv from
+#   PYTHON=...  the Python (3.11 to 3.13) to build .venv from; test-cuda and bench-cuda run on it as it is
 #   TORCH=...   the PyTorch that test-torch installs, e.g. TORCH=torch==2.13.0; pip's newest may bring gigabytes for CUDA
 #   ARGS=...    passed on, e.g. make test ARGS="tests/kernels -x"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-torch bench lint format clean
+.PHONY: help demo test test-torch test-cuda bench bench-cuda lint format clean
 .SILENT:
 
 BIN := .venv/bin
@@ -26,6 +26,12 @@ test: ## set up, then run the tests
 test-torch: ## set up .venv-torch, without TensorFlow, then run the tests of Keras on PyTorch
 	$(setup) torch,demo test .venv-torch '$(TORCH)'
 	OMP_WAIT_POLICY=passive KERAS_BACKEND=torch .venv-torch/bin/pytest $(or $(ARGS),tests/bridge/test_torch_*.py)
+
+test-cuda: ## on a machine with a card: test the CUDA kernels with PYTHON (python3) as it is, setting nothing up
+	$(or $(PYTHON),python3) scripts/on_card.py test $(ARGS)
+
+bench-cuda: ## the same: race the CUDA kernels against cuDNN and cuBLAS
+	$(or $(PYTHON),python3) scripts/on_card.py bench $(ARGS)
 
 bench: ## set up, then race against TensorFlow and the other runtimes
 	$(setup) tensorflow,demo,bench test

@@ -1,4 +1,4 @@
-"""PyTorch's tensors on a card, without one: the way to the kernels in Numba's simulator, and to a double of the driver."""
+"""PyTorch tensors on a card, without one: the way to the kernels in the simulator, and to a double of the driver."""
 
 from __future__ import annotations
 
@@ -21,8 +21,11 @@ ROOT = Path(__file__).parents[2]
 STREAM = 4242
 
 
-def test_in_the_simulator():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/bridge/check_torch_on_card.py"]
+@pytest.mark.parametrize(
+    "file", ["tests/bridge/check_torch_on_card.py", "tests/kernels/cuda/simulated/check_card_tests.py"]
+)
+def test_in_the_simulator(file):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
     settings = {name: value for name, value in os.environ.items() if not name.startswith("FASTSEPCONV_")}
     settings |= {"NUMBA_ENABLE_CUDASIM": "1", "CUDA_VISIBLE_DEVICES": "-1"}
     done = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True, timeout=600, check=False)

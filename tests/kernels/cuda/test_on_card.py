@@ -1,11 +1,16 @@
-"""What only a card can show: `CUDA_VISIBLE_DEVICES=0 pytest -m cuda`. Skipped, with its reason, everywhere else."""
+"""What only a card can show: `make test-cuda`. Skipped, with its reason, everywhere else.
+
+The simulator's checks run on it too, and compute-sanitizer looks over the small cases where it is on the PATH.
+"""
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +22,8 @@ from tests.tolerances import assert_close
 pytestmark = pytest.mark.cuda
 ROOT = Path(__file__).parents[3]
 CHECKS = "tests/kernels/cuda/simulated"
+RESULTS = "tests/kernels/cuda/test_on_card_results.py"
+SANITIZER = "compute-sanitizer"
 GROUPS = {
     "the kernels": [f"{CHECKS}/check_kernels.py", "-k", "not simulator"],
     "the array API beside Keras": ["tests/test_ops.py", "tests/test_ops_arrays.py", "-k", "cuda"],
@@ -27,12 +34,14 @@ GROUPS = {
 def run(*command: str, **settings: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, *command],
-        cwd=ROOT, env={**os.environ, **settings}, capture_output=True, text=True, timeout=600, check=False,
+        cwd=ROOT, env=without_worker() | settings, capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_what_the_simulator_computes_a_card_computes_too(group):
+    if group != "the kernels" and not find_spec("tensorflow"):
+        pytest.skip("TensorFlow is not installed")
     done = run("-m", "pytest", "-q", "-p", "no:cacheprovider", *GROUPS[group], FASTSEPCONV_DEBUG="1")
     assert done.returncode == 0, done.stdout + done.stderr
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 5
@@ -99,3 +108,25 @@ def test_out_of_memory_is_told_and_the_card_goes_on(arrays):
     with pytest.raises(RuntimeError, match="has no room for the"):
         driver.allocate(2**46, "a test", driver.own_stream())
     fastsepconv.separable_conv2d(*arrays, backend="cuda")
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck", "synccheck"])
+@pytest.mark.skipif(not shutil.which(SANITIZER), reason=f"{SANITIZER} is not on the PATH")
+def test_small_cases_are_clean(tool):
+    """The sanitizer finds nothing: every tier and dtype on small shapes, each array in memory of its own."""
+    chosen = "test_is_the_reference and float and " + {
+        "memcheck": "(ragged and (plain or same or dilation or unequal) or (aligned and 32))"
+    }.get(tool, "aligned and 32 and float32")
+    command = [SANITIZER, "--tool", tool, "--error-exitcode", "77", "--target-processes", "all", sys.executable]
+    settings = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "FASTSEPCONV_CUDA_LEDGER": os.devnull, "PYTEST_ADDOPTS": ""}
+    done = subprocess.run(
+        [*command, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", RESULTS, "-k", chosen],
+        cwd=ROOT, env=without_worker() | settings, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+
+
+def without_worker() -> dict[str, str]:
+    """The environment of a process that is nobody's pytest worker."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}

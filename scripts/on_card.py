@@ -1,0 +1,90 @@
+"""Tests or benchmarks on a machine with a card, with its own Python and what that has installed; nothing is installed.
+
+    python3 scripts/on_card.py test [PYTEST_ARGUMENT...]       both tiers against everything, one process a worker
+    python3 scripts/on_card.py bench [ARGUMENT...]             `python -m fastsepconv.bench.cuda`
+    python3 scripts/on_card.py python [ARGUMENT...]            Python, where `import fastsepconv` works
+
+Needed are PyTorch, numba-cuda, pytest and a card. What else is wanted (Keras, say) may lie as wheels in the folder
+wheels/, from where it is unpacked. pyproject.toml puts kernels/ and bench/ inside the package; without installation
+links in build/on-card/ do.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TREE = ROOT / "build" / "on-card"
+LEDGER = ROOT / "build" / "cuda-ledger.jsonl"
+INSIDE = {"kernels": "kernels", "bench": "bench"}  # folders that are installed inside the package, by their names there
+TESTS = ("kernels/cuda/test_on_card*.py", "bridge/test_torch_on_card.py")
+WORKERS, TEST_SECONDS = 4, 420
+
+
+def lay_out(tree: Path = TREE) -> Path:
+    """A folder from which `fastsepconv` and `tests` can be imported, made of links, and of the wheels' contents."""
+    shutil.rmtree(tree, ignore_errors=True)
+    package = tree / "fastsepconv"
+    package.mkdir(parents=True)
+    for path in (ROOT / "fastsepconv").iterdir():
+        if path.name != "__pycache__":
+            (package / path.name).symlink_to(path)
+    for name, folder in INSIDE.items():
+        (package / name).symlink_to(ROOT / folder)
+    (tree / "tests").symlink_to(ROOT / "tests")
+    for wheel in sorted((ROOT / "wheels").glob("*.whl")):
+        with zipfile.ZipFile(wheel) as file:
+            file.extractall(tree)
+    return tree
+
+
+def environment(tree: Path) -> dict[str, str]:
+    """The process's own, with the folder on Python's path, the checkout off it, and the card in sight."""
+    paths = [str(tree), *filter(None, [os.environ.get("PYTHONPATH")])]
+    settings = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
+    defaults = {"CUDA_VISIBLE_DEVICES": "0", "KERAS_BACKEND": "torch", "FASTSEPCONV_CUDA_TIER": "fast"}
+    return {**defaults, **os.environ, **settings}
+
+
+def test(settings: dict[str, str], arguments: list[str]) -> int:
+    """Run the tests that want a card, and write down what passed. A worker whose card hangs on an error is replaced."""
+    LEDGER.unlink(missing_ok=True)
+    settings = {**settings, "FASTSEPCONV_CUDA_LEDGER": str(LEDGER)}
+    files = [str(file) for pattern in TESTS for file in sorted((ROOT / "tests").glob(pattern))]
+    command = ["-m", "pytest", "-m", "cuda", "-p", "no:cacheprovider", "--durations=10", *files]
+    if importlib.util.find_spec("xdist"):
+        command += ["-n", str(WORKERS), f"--max-worker-restart={2 * WORKERS}"]
+    else:
+        print("pytest-xdist is missing: if a kernel fails so that the card has to be left, later tests fail too.")
+    code = run(settings, command + arguments, TEST_SECONDS)
+    written = run(settings, ["-m", "fastsepconv.bench.cuda_status", "--ledger", str(LEDGER)])
+    return code or written
+
+
+def run(settings: dict[str, str], command: list[str], seconds: float | None = None) -> int:
+    """The exit code of this Python with that command; 1 where it takes longer."""
+    try:
+        return subprocess.run([sys.executable, *command], cwd=ROOT, env=settings, timeout=seconds).returncode
+    except subprocess.TimeoutExpired:
+        print(f"Stopped after {seconds:.0f} s: {' '.join(command)}", file=sys.stderr)
+        return 1
+
+
+def main(what: str, *arguments: str) -> int:
+    """Do what the command line says; returns the exit code."""
+    settings = environment(lay_out())
+    if what == "test":
+        return test(settings, [*arguments])
+    return run(settings, [*(("-m", "fastsepconv.bench.cuda") if what == "bench" else ()), *arguments])
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] not in (["test"], ["bench"], ["python"]):
+        sys.exit(__doc__)
+    sys.exit(main(*sys.argv[1:]))
