@@ -90,17 +90,17 @@ def details(run: dict) -> str:
             continue
         labels = list(dict.fromkeys(label for record in records for label in _timed(record)))
         rows = [[_shape(record), *(_cell(record, label, run) for label in labels)] for record in records]
-        parts.append(f"## {name}\n\n" + _table(["problem", *map(title, labels)], rows))
+        parts.append(f"## {name}\n\n" + table(["problem", *map(title, labels)], rows))
     parts += [_networks_table(run), _losses(run)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def put_between_markers(text: str, generated: str) -> str:
+def put_between_markers(text: str, generated: str, begin: str = BEGIN, end: str = END) -> str:
     """`text` with what stands between the markers replaced. Raises ValueError where they are missing."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"Invalid value for argument `readme`. Expected one {BEGIN} and one {END} after it.")
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    return f"{before}{BEGIN}\n{generated}{END}{after}"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"Invalid value for argument `readme`. Expected one {begin} and one {end} after it.")
+    before, after = text.split(begin)[0], text.split(end)[1]
+    return f"{before}{begin}\n{generated}{end}{after}"
 
 
 def _machine_line(run: dict) -> str:
@@ -128,7 +128,7 @@ def _summary_table(run: dict) -> str:
         shares = [share_of_peak(entry, run) for entry in _baseline_entries(records, run)]
         share = f"{100 * min(shares):.0f} - {100 * max(shares):.0f} %" if shares else "-"
         rows.append([name, share, *(_mean_cell(_ratios(records, label)) for label in labels)])
-    return _table(["layers", "of peak", *(f"x {title(label)}" for label in labels)], rows)
+    return table(["layers", "of peak", *(f"x {title(label)}" for label in labels)], rows)
 
 
 def _networks_table(run: dict) -> str:
@@ -137,7 +137,7 @@ def _networks_table(run: dict) -> str:
         return ""
     labels = list(dict.fromkeys(label for record in records for label in _timed(record)))
     rows = [[_problem_title(record), *(_cell(record, label, run) for label in labels)] for record in records]
-    return _table(["whole networks", *map(title, labels)], rows)
+    return table(["whole networks", *map(title, labels)], rows)
 
 
 def _losses(run: dict, most: int | None = None) -> str:
@@ -207,7 +207,7 @@ def _ms(seconds: float) -> str:
     return f"{value:.{decimals}f}"
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
+def table(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 

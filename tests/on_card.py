@@ -54,22 +54,23 @@ def only(tier: str):
 
 @contextmanager
 def noted(operation: str, tier: str, dtype: str):
-    """Write into the ledger whether what is done within passes; nothing if it is skipped."""
+    """Write into the ledger that something begins, and whether it passes: what ends the process begins and no more."""
+    note(operation, tier, dtype, "begun")
     try:
         yield
-        passed = True
     except pytest.skip.Exception:
+        note(operation, tier, dtype, "skipped")
         raise
     except BaseException:
-        note(operation, tier, dtype, False)
+        note(operation, tier, dtype, "failed")
         raise
-    note(operation, tier, dtype, passed)
+    note(operation, tier, dtype, "passed")
 
 
-def note(operation: str, tier: str, dtype: str, passed: bool) -> None:
+def note(operation: str, tier: str, dtype: str, event: str) -> None:
     """A line of the ledger, if one is kept: `make test-cuda` says where."""
     if LEDGER in os.environ:
-        line = {"operation": operation, "tier": tier, "dtype": dtype, "passed": passed, "card": card()}
+        line = {"operation": operation, "tier": tier, "dtype": dtype, "event": event, "card": card()}
         with open(os.environ[LEDGER], "a") as file:
             file.write(json.dumps(line) + "\n")
 

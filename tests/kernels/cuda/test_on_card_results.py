@@ -62,7 +62,7 @@ def cases():
                         yield pytest.param(case, dtype, operation, tier, id=name)
 
 
-@pytest.mark.parametrize(("case", "dtype", "operation", "tier"), cases())
+@pytest.mark.parametrize(("case", "dtype", "operation", "tier"), list(cases()))
 def test_is_the_reference(case, dtype, operation, tier):
     it = problem(operation, case, dtype)
     with only(tier), noted(operation, tier, dtype):
