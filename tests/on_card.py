@@ -49,6 +49,7 @@ def only(tier: str):
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiers, "TABLE", table)
+        patch.setenv("FASTSEPCONV_CUDA_TIER", tier)
         yield
 
 

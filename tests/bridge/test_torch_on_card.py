@@ -27,7 +27,7 @@ def exact_products():
     """PyTorch's own products take no shortcuts."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         yield
     torch.backends.cuda.matmul.allow_tf32 = before
 

@@ -114,7 +114,7 @@ def by_cudnn(it: Problem) -> list:
     else:
         strides, padding, dilation = ALL[it.case][4]
         window, images = {"strides": strides, "padding": padding, "dilation_rate": dilation}, leaves
-    with torch.backends.cudnn.flags(allow_tf32=False, deterministic=True), _exact_products():
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False, deterministic=True), _exact_products():
         y = convolve(it.kind, images, **window)
         y = y.reshape(y.shape[2:]) if it.kind == "pointwise" else y
         if it.is_forward:

@@ -78,6 +78,18 @@ def test_memory_that_begins_at_odd_places(dtype, operation, tier):
         assert_right(it, computed(it, shift=1))
 
 
+@pytest.mark.parametrize("operation", [name for name in OPERATIONS if not name.startswith("depthwise")])
+@pytest.mark.parametrize("case", ["96 channels", "Xception 19x19x728-728"])
+def test_tf32_on_request(case, operation, monkeypatch):
+    """The fast tier's products have 11 bits of each factor where that is asked for, else those of float32."""
+    it = problem(operation, case, "float32")
+    with only("fast"):
+        exact_products = max(errors(computed(it), it))
+        monkeypatch.setenv("FASTSEPCONV_TF32", "1")
+        short_products = max(errors(computed(it), it))
+    assert exact_products <= 2e-5 < short_products <= 2**-9
+
+
 @pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,0 +1,87 @@
+"""What is raced on a card: Xception's layers at 299x299, as products, depthwise and separable convolutions.
+
+Letters as in `problems`; numbers are "float32" (no shortcuts), "tf32" (float32 whose products may be TF32) or
+"bfloat16", the same for every provider.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from .problems import XCEPTION
+
+FORWARD, BACKWARD, BOTH = "forward", "backward", "forward+backward"
+NUMBERS = ("float32", "tf32", "bfloat16")
+ITEM_BYTES = {"float32": 4, "tf32": 4, "bfloat16": 2}
+TAPS = 3
+QUICK_SIZES = {("pointwise", 19), ("pointwise", 74), ("depthwise", 19), ("depthwise", 37)}
+
+
+@dataclass(frozen=True)
+class CudaProblem:
+    """One operation, SAME, stride 1: x `[N,size,size,C]`; "backward" computes the gradients of x and of the kernels."""
+
+    op: str
+    size: int
+    channels: int
+    filters: int
+    batch: int
+    mode: str
+    numbers: str
+
+    @property
+    def group(self) -> str:
+        """What its ratio goes into the mean of."""
+        return f"{self.op} {self.mode}, {self.numbers}, batch {self.batch}"
+
+    @property
+    def shape(self) -> str:
+        shape = f"{self.size}x{self.size}x{self.channels}"
+        return shape if self.op == "depthwise" else f"{shape}-{self.filters}"
+
+    @property
+    def name(self) -> str:
+        return f"{self.op} {self.shape} batch{self.batch} {self.mode} {self.numbers}"
+
+    @property
+    def pixels(self) -> int:
+        return self.batch * self.size**2
+
+    @property
+    def flops(self) -> int:
+        """Multiplications and additions; a backward pass costs two forward passes."""
+        taps = TAPS * TAPS * self.channels if self.op != "pointwise" else 0
+        products = self.channels * self.filters if self.op != "depthwise" else 0
+        return {FORWARD: 1, BACKWARD: 2, BOTH: 3}[self.mode] * 2 * self.pixels * (taps + products)
+
+    @property
+    def least_bytes(self) -> int:
+        """What has to cross the card's memory: each pass reads and writes its arrays of images once."""
+        inside, outside = self.pixels * self.channels, self.pixels * self.filters
+        forward, backward = inside + outside, 2 * inside + outside
+        numbers = {FORWARD: forward, BACKWARD: backward, BOTH: forward + backward}[self.mode]
+        return ITEM_BYTES[self.numbers] * numbers
+
+
+def problems(quick: bool = False) -> list[CudaProblem]:
+    """Everything that is raced, what tells most first; `quick` leaves out batch 128 and most single operations."""
+    return [
+        *(_layers("separable", FORWARD, 32, NUMBERS)),
+        *(_kept(_layers("pointwise", FORWARD, 32, NUMBERS), quick)),
+        *(_kept(_layers("depthwise", FORWARD, 32, ("float32", "bfloat16")), quick)),
+        *(_kept(_layers("depthwise", BACKWARD, 32, ("float32", "bfloat16")), quick)),
+        *(_layers("separable", BOTH, 32, NUMBERS)),
+        *([] if quick else _layers("pointwise", FORWARD, 128, NUMBERS)),
+    ]
+
+
+def _layers(op: str, mode: str, batch: int, numbers: Iterable[str]) -> list[CudaProblem]:
+    shapes = dict.fromkeys(
+        (layer.size, layer.channels, layer.channels if op == "depthwise" else layer.filters) for layer in XCEPTION
+    )
+    return [CudaProblem(op, *shape, batch, mode, each) for each in numbers for shape in shapes]
+
+
+def _kept(found: list[CudaProblem], quick: bool) -> list[CudaProblem]:
+    return [problem for problem in found if not quick or (problem.op, problem.size) in QUICK_SIZES]

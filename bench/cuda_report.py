@@ -1,0 +1,148 @@
+"""What a race on a card says: a line a problem, and the table of geometric means beside what was aimed at. Losses show.
+
+`python -m fastsepconv.bench.cuda_report RUN.json` prints it again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from .report import table
+from .stats import geometric_mean
+
+OURS = "fastsepconv"
+# How many times as fast as the libraries it should be at least, by the start of the group's name: the first that fits.
+TARGETS = {
+    "pointwise forward, float32": 1.5,
+    "pointwise forward": 0.6,
+    "depthwise forward": 1.2,
+    "depthwise backward": 2.0,
+    "separable forward, float32": 1.4,
+    "separable forward, tf32": 0.9,
+    "separable forward, bfloat16": 1.1,
+    "separable forward+backward": 1.3,
+}
+
+
+def target(group: str) -> float | None:
+    return next((least for begin, least in TARGETS.items() if group.startswith(begin)), None)
+
+
+def groups(run: dict) -> dict[str, list[dict]]:
+    """The problems by group, in the order in which they were raced."""
+    found: dict[str, list[dict]] = {}
+    for record in run["problems"]:
+        found.setdefault(record["group"], []).append(record)
+    return found
+
+
+def problem_line(record: dict, ceilings: dict) -> str:
+    """One problem: times in microseconds, quartiles, ratios, and how near ours is to what the card can do."""
+    parts = []
+    for label, entry in record["providers"].items():
+        if entry["status"] != "timed":
+            parts.append(f"{label} {entry['status']} ({entry['reason']})")
+            continue
+        times, ratio = entry["seconds"], entry.get("ratio")
+        spread = f"({_us(times['q25'])} - {_us(times['q75'])})"
+        against = "" if ratio is None else f", {ratio['ratio']:.2f}x{' LOSS' if ratio['ratio'] < 1 else ''}"
+        parts.append(f"{label} {_us(times['median'])} us {spread}{against}")
+    share = share_of_ceiling(record, ceilings)
+    reached = "" if share is None else f" [{100 * share:.0f} % of what the card can do]"
+    return f"{record['name']}{reached}: " + "; ".join(parts)
+
+
+def share_of_ceiling(record: dict, ceilings: dict) -> float | None:
+    """The time that copying and multiplying would take at the rates that were measured, over the time it takes."""
+    entry = record["providers"][OURS]
+    if entry["status"] != "timed":
+        return None
+    rates = {**ceilings, "float32": max(ceilings["float32"], ceilings["tf32"] / 3)}  # or as three TF32 products
+    least = max(record["flops"] / rates[record["numbers"]], record["least_bytes"] / ceilings["copy"])
+    return least / entry["seconds"]["median"]
+
+
+def markdown(run: dict) -> str:
+    """Where it was measured, the table, what was lost, what is missing."""
+    parts = [_where(run), _means(run), *_lists(run)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _where(run: dict) -> str:
+    rates = run["ceilings"]
+    facts = [
+        f"{run['card']} (driver {run['driver']})",
+        f"copies at {rates['copy'] / 1e12:.2f} TB/s",
+        "products at " + ", ".join(f"{rates[n] / 1e12:.0f} TFLOP/s ({n})" for n in ("float32", "tf32", "bfloat16")),
+        f"{run['tier']} tier",
+        ", ".join(f"{name} {version}" for name, version in run["versions"].items()),
+        run["date"][:10],
+    ]
+    return "Measured on " + "; ".join(facts) + "."
+
+
+def _means(run: dict) -> str:
+    found = groups(run)
+    rivals = list(dict.fromkeys(name for records in found.values() for r in records for name in r["providers"]))
+    rivals = [name for name in rivals if name != OURS]
+    rows = []
+    for group, records in found.items():
+        least = target(group)
+        shares = [share for r in records if (share := share_of_ceiling(r, run["ceilings"])) is not None]
+        reached = f"{100 * min(shares):.0f} - {100 * max(shares):.0f} %" if shares else "-"
+        cells = [_cell(_ratios(records, rival)) for rival in rivals]
+        rows.append([group, reached, *cells, "-" if least is None else f"{least:g}x"])
+    return table(["", "of the card", *(f"x {rival}" for rival in rivals), "aim"], rows)
+
+
+def _ratios(records: list[dict], rival: str) -> list[float]:
+    entries = [record["providers"].get(rival, {}) for record in records]
+    return [entry["ratio"]["ratio"] for entry in entries if "ratio" in entry]
+
+
+def _cell(ratios: list[float]) -> str:
+    if not ratios:
+        return "-"
+    lost = sum(ratio < 1 for ratio in ratios)
+    return f"{geometric_mean(ratios):.2f}" + (f" ({lost} of {len(ratios)} lost)" if lost else "")
+
+
+def _lists(run: dict) -> Iterator[str]:
+    """Losses, the worst first; what is not timed, and why; what there was no time for."""
+    entries = [(r["name"], label, e) for r in run["problems"] for label, e in r["providers"].items()]
+    lost = sorted((e["ratio"]["ratio"], name, label) for name, label, e in entries if "ratio" in e)
+    raced, lost = len(lost), [each for each in lost if each[0] < 1]
+    if raced:
+        lines = [f"- {name}: {ratio:.2f}x {label}" for ratio, name, label in lost]
+        yield (
+            "\n".join([f"Losses, {len(lost)} of {raced} races:", "", *lines])
+            if lost
+            else f"No race of {raced} was lost."
+        )
+    untimed = [
+        f"- {name}: {label} {e['status']}, {e['reason']}" for name, label, e in entries if e["status"] != "timed"
+    ]
+    if untimed:
+        yield "\n".join(["Not timed:", "", *untimed])
+    if run["left_out"]:
+        yield f"No time was left for {len(run['left_out'])} problems: {', '.join(run['left_out'])}."
+
+
+def _us(seconds: float) -> str:
+    return f"{1e6 * seconds:.3g}" if seconds < 1e-3 else f"{1e6 * seconds:.0f}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print a run that was saved."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    print(markdown(json.loads(parser.parse_args(arguments).run.read_text())), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

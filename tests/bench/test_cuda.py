@@ -1,0 +1,163 @@
+"""The race on a card as far as it needs none: what is raced, how a run is kept, and what it says."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+
+from fastsepconv.bench import cuda, cuda_problems, cuda_report
+from fastsepconv.bench.cuda_problems import BACKWARD, BOTH, FORWARD, CudaProblem
+from fastsepconv.bench.problems import XCEPTION
+from fastsepconv.cli import console
+from fastsepconv.kernels import nvidia
+
+CEILINGS = {"copy": 4e12, "float32": 5e13, "tf32": 4e14, "bfloat16": 8e14}
+MIDDLE = CudaProblem("separable", 19, 728, 728, 32, FORWARD, "tf32")
+
+
+def entry(status="timed", median=2e-4, **more):
+    if status != "timed":
+        return {"status": status, "reason": "for a reason"} | more
+    seconds = {"median": median, "q25": median * 0.9, "q75": median * 1.1, "calls": 9}
+    return {"status": status, "seconds": seconds, "largest_error": 1e-6, "first_call_seconds": 0.1} | more
+
+
+def run_of(*raced, left_out=()):
+    """A run of problems, each with the ratio to cuDNN."""
+    run = {
+        "format": 1, "date": "2030-01-02T03:04:05+00:00", "card": "A card", "driver": "for CUDA 13.0", "tier": "fast",
+        "versions": {"torch": "2.13.0"}, "ceilings": CEILINGS, "problems": [], "left_out": [],
+    }  # fmt: skip
+    chosen = [problem for problem, _ in raced]
+    providers = {
+        problem: {"fastsepconv": entry(), "cuDNN": entry(median=2e-4 * ratio, ratio={"ratio": ratio})}
+        for problem, ratio in raced
+    }
+    cuda.race_all(run, chosen, 60, lambda problem: providers[problem], lambda record: None)
+    run["left_out"] += left_out
+    return run
+
+
+def test_every_layer_of_xception_is_raced_in_every_way():
+    found = Counter((p.op, p.mode, p.batch, p.numbers) for p in cuda_problems.problems())
+    shapes, images = len(XCEPTION), len({(layer.size, layer.channels) for layer in XCEPTION})
+    for numbers in cuda_problems.NUMBERS:
+        assert found["separable", FORWARD, 32, numbers] == found["separable", BOTH, 32, numbers] == shapes == 10
+        assert found["pointwise", FORWARD, 32, numbers] == found["pointwise", FORWARD, 128, numbers] == shapes
+    for mode in (FORWARD, BACKWARD):
+        assert {numbers: found["depthwise", mode, 32, numbers] for numbers in cuda_problems.NUMBERS} == {
+            "float32": images, "tf32": 0, "bfloat16": images,
+        }  # fmt: skip
+    names = [problem.name for problem in cuda_problems.problems()]
+    assert len(set(names)) == len(names) == sum(found.values())
+
+
+def test_a_quick_race_keeps_the_separable_convolutions_and_some_of_the_others():
+    quick, whole = cuda_problems.problems(quick=True), cuda_problems.problems()
+    assert set(quick) < set(whole) and len(quick) < 100
+    assert {p.op for p in quick} == {"separable", "pointwise", "depthwise"} and {p.batch for p in quick} == {32}
+    assert sum(p.op == "separable" for p in quick) == sum(p.op == "separable" for p in whole)
+
+
+def test_operations_and_bytes():
+    pixels = 32 * 19 * 19
+    assert MIDDLE.flops == 2 * pixels * (9 * 728 + 728 * 728)
+    assert MIDDLE.least_bytes == 4 * pixels * 2 * 728
+    half = CudaProblem("depthwise", 19, 728, 728, 32, BACKWARD, "bfloat16")
+    assert half.flops == 2 * 2 * pixels * 9 * 728
+    assert half.least_bytes == 2 * pixels * 3 * 728
+    both = CudaProblem("pointwise", 10, 3, 5, 2, BOTH, "float32")
+    assert both.flops == 3 * 2 * 200 * 15 and both.least_bytes == 4 * 200 * (3 + 5 + 3 + 3 + 5)
+
+
+def test_every_group_has_an_aim():
+    aims = {problem.group: cuda_report.target(problem.group) for problem in cuda_problems.problems()}
+    assert all(aims.values())
+    assert aims["pointwise forward, float32, batch 32"] == 1.5
+    assert aims["pointwise forward, bfloat16, batch 128"] == aims["pointwise forward, tf32, batch 32"] == 0.6
+    assert aims["separable forward, tf32, batch 32"] == 0.9
+    assert aims["separable forward+backward, tf32, batch 32"] == 1.3
+
+
+def test_ratios_are_the_others_times_over_ours():
+    ours, theirs = [[1e-3, 1e-3], [1e-3, 1e-3]], [[2e-3, 2e-3], [3e-3, 3e-3]]
+    right = {"fastsepconv": {"status": "right"}, "cuDNN": {"status": "right"}, "cuBLAS": {"status": "wrong"}}
+    found = cuda.timed(right, {"fastsepconv": ours, "cuDNN": theirs})
+    assert found["cuDNN"]["ratio"]["ratio"] == pytest.approx(2.5) and found["cuDNN"]["status"] == "timed"
+    assert "ratio" not in found["fastsepconv"] and found["cuBLAS"] == {"status": "wrong"}
+    alone = cuda.timed({"cuDNN": {"status": "right"}}, {"cuDNN": theirs})
+    assert "ratio" not in alone["cuDNN"]
+
+
+def test_the_time_ends_a_race_and_what_was_left_out_is_told():
+    run = {"problems": [], "left_out": []}
+    chosen = cuda_problems.problems()[:3]
+    cuda.race_all(run, chosen, -1, lambda problem: {}, lambda record: None)
+    assert run == {"problems": [], "left_out": [problem.name for problem in chosen]}
+
+
+def test_a_card_that_is_lost_ends_a_race():
+    run, asked = {"problems": [], "left_out": []}, []
+
+    def one(problem):
+        asked.append(problem)
+        return {"fastsepconv": entry("failed"), "cuDNN": entry("failed" if len(asked) == 2 else "wrong")}
+
+    chosen = cuda_problems.problems()[:4]
+    cuda.race_all(run, chosen, 60, one, lambda record: None)
+    assert asked == chosen[:2] and run["left_out"] == [problem.name for problem in chosen[2:]]
+
+
+def test_the_table_tells_means_aims_and_losses():
+    other = CudaProblem("separable", 10, 1536, 2048, 32, FORWARD, "tf32")
+    run = run_of((MIDDLE, 0.5), (other, 2.0), left_out=["something"])
+    run["problems"][0]["providers"]["torch.compile"] = entry("failed")
+    said = cuda_report.markdown(json.loads(json.dumps(run)))
+    assert "Measured on A card (driver for CUDA 13.0); copies at 4.00 TB/s; products at 50 TFLOP/s (float32)" in said
+    row = next(line for line in said.splitlines() if line.startswith("| separable forward, tf32, batch 32 |"))
+    assert "| 1.00 (1 of 2 lost) | - | 0.9x |" in row
+    assert f"- {MIDDLE.name}: 0.50x cuDNN" in said and f"- {other.name}" not in said
+    assert f"- {MIDDLE.name}: torch.compile failed, for a reason" in said
+    assert "No time was left for 1 problems: something." in said
+
+
+def test_a_race_without_losses_says_so():
+    assert "No race of 1 was lost." in cuda_report.markdown(run_of((MIDDLE, 1.5)))
+
+
+def test_a_line_a_problem():
+    (record,) = run_of((MIDDLE, 0.5))["problems"]
+    line = cuda_report.problem_line(record, CEILINGS)
+    least = max(MIDDLE.flops / 4e14, MIDDLE.least_bytes / 4e12)
+    assert line.startswith(f"{MIDDLE.name} [{100 * least / 2e-4:.0f} % of what the card can do]: fastsepconv 200 us")
+    assert line.endswith("cuDNN 100 us (90 - 110), 0.50x LOSS")
+    record["providers"]["fastsepconv"] = entry("wrong")
+    assert "fastsepconv wrong (for a reason)" in cuda_report.problem_line(record, CEILINGS)
+
+
+def test_a_saved_run_is_printed_again(tmp_path, capsys):
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps(run_of((MIDDLE, 0.5))))
+    assert cuda_report.main([str(file)]) == 0
+    assert "Losses, 1 of 1 races" in capsys.readouterr().out
+
+
+def test_the_file_is_named_after_the_card():
+    assert cuda._slug("NVIDIA H200 (SXM)") == "nvidia-h200-sxm"
+
+
+@pytest.mark.skipif(nvidia.obstacle() is None, reason="there is a card here")
+def test_without_a_card_it_is_said_in_one_sentence(tmp_path):
+    command = [sys.executable, "-m", "fastsepconv.bench.cuda", "--quick"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == cuda.MISSING == console.NOT_INSTALLED
+    assert done.stdout == "" and done.stderr.startswith("The CUDA kernels cannot be raced here: ")
+    assert done.stderr.count("\n") == 1 and done.stderr.endswith(".\n")
+
+
+def test_exit_codes_are_the_command_lines():
+    assert (cuda.OK, cuda.CHECK_FAILED) == (console.OK, console.CHECK_FAILED)
