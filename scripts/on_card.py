@@ -60,7 +60,7 @@ def test(settings: dict[str, str], arguments: list[str]) -> int:
     files = [str(file) for pattern in TESTS for file in sorted((ROOT / "tests").glob(pattern))]
     command = ["-m", "pytest", "-m", "cuda", "-p", "no:cacheprovider", "--durations=10", *files]
     if importlib.util.find_spec("xdist"):
-        command += ["-n", str(WORKERS), f"--max-worker-restart={2 * WORKERS}"]
+        command += ["-n", str(WORKERS), "--dist=worksteal", f"--max-worker-restart={2 * WORKERS}"]
     else:
         print("pytest-xdist is missing: if a kernel fails so that the card has to be left, later tests fail too.")
     code = run(settings, command + arguments, TEST_SECONDS)

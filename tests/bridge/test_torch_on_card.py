@@ -148,13 +148,14 @@ import json, sys
 from fastsepconv.bridge import torch_kernels
 from fastsepconv.cli import main
 from fastsepconv.kernels.cuda import launch
-def refuse(*arguments):
-    raise AssertionError("a kernel of the CPU ran")
-torch_kernels._DEVICES["cpu"] = torch_kernels._DEVICES["cpu"]._replace(run=refuse)
-ran = set()
+cpu, on_cpu, ran = torch_kernels._DEVICES["cpu"], [], set()
+def noted(*arguments):
+    on_cpu.append(arguments[:2])
+    cpu.run(*arguments)
+torch_kernels._DEVICES["cpu"] = cpu._replace(run=noted)
 launch.listeners.append(ran.add)
 code = main(["demo", "--json", "--out", {str(tmp_path)!r}])
-print(json.dumps(sorted(ran)), file=sys.stderr)
+print(json.dumps([len(on_cpu), sorted(ran)]), file=sys.stderr)
 sys.exit(code)
 """
     settings = {"KERAS_BACKEND": "torch", "NVIDIA_TF32_OVERRIDE": "0", "FASTSEPCONV_CUDA_TIER": tier}
@@ -166,5 +167,6 @@ sys.exit(code)
     document = json.loads(done.stdout)
     failed = [check for check in document["checks"] if not check["passed"]]
     assert not failed and 1 - document["held_out_accuracy"]["fastsepconv"] <= MISTAKEN, failed
-    ran = json.loads(done.stderr.splitlines()[-1])
+    calls_on_cpu, ran = json.loads(done.stderr.splitlines()[-1])
+    assert calls_on_cpu == 0, "kernels of the CPU ran"
     assert any("d_kernel" in name or "gradient" in name for name in ran), ran

@@ -1,0 +1,94 @@
+"""`make test-cuda` and `make bench-cuda` on a machine where nothing is installed or can be."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from fastsepconv.kernels import nvidia
+
+ROOT = Path(__file__).parents[1]
+MARK = re.compile(r"^pytestmark = pytest\.mark\.cuda", re.MULTILINE)
+SCRIPT = ROOT / "scripts" / "on_card.py"
+
+
+@pytest.fixture
+def script():
+    spec = importlib.util.spec_from_file_location("on_card", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(*arguments, **settings):
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, timeout=300, check=False, **settings
+    )
+
+
+def test_the_package_is_imported_as_it_would_be_installed(tmp_path):
+    code = """
+import fastsepconv, fastsepconv.bench.problems, fastsepconv.kernels.geometry, tests.goldens, sys
+for module in (fastsepconv, fastsepconv.bench, fastsepconv.kernels, tests.goldens):
+    print(module.__name__, module.__file__)
+print("kernels" in sys.modules, "" in sys.path)
+"""
+    done = run("python", "-c", code, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    *modules, last = done.stdout.splitlines()
+    assert all(str(ROOT / "build" / "on-card") in line for line in modules), done.stdout
+    assert len(modules) == 4 and last == "False False"
+
+
+def test_wheels_that_travel_along_are_unpacked(script, monkeypatch, tmp_path):
+    for folder in ("fastsepconv", "kernels", "bench", "tests", "wheels"):
+        (tmp_path / folder).mkdir()
+    with zipfile.ZipFile(tmp_path / "wheels" / "some-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("some/__init__.py", "")
+    monkeypatch.setattr(script, "ROOT", tmp_path)
+    tree = script.lay_out(tmp_path / "tree")
+    assert (tree / "some" / "__init__.py").exists()
+    assert (tree / "fastsepconv" / "kernels").resolve() == tmp_path / "kernels"
+    assert script.lay_out(tree) == tree, "and once more over what is there"
+
+
+def test_every_package_has_its_place_in_the_tree(script):
+    inside = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-dir"]
+    assert {f"fastsepconv.{name}": folder for name, folder in script.INSIDE.items()} == inside
+
+
+def test_the_tests_that_want_a_card_are_all_found(script):
+    files = {file for pattern in script.TESTS for file in (ROOT / "tests").glob(pattern)}
+    marked = {file for file in (ROOT / "tests").rglob("test_*.py") if MARK.search(file.read_text())}
+    assert files == marked and len(files) >= 5
+
+
+def test_a_card_is_in_sight_and_the_users_choice_goes_first(script, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("FASTSEPCONV_CUDA_TIER", "plain")
+    found = script.environment(Path("tree"))
+    assert found["CUDA_VISIBLE_DEVICES"] == "0" and found["FASTSEPCONV_CUDA_TIER"] == "plain"
+    assert found["PYTHONPATH"].split(":")[0] == "tree" and found["PYTHONSAFEPATH"] == "1"
+
+
+def test_a_command_that_takes_too_long_is_stopped(script, capsys):
+    assert script.run(dict(script.os.environ), ["-c", "import time; time.sleep(60)"], 0.5) == 1
+    assert "Stopped after" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(nvidia.obstacle() is None, reason="there is a card here")
+def test_without_a_card_the_race_says_so():
+    done = run("bench", "--quick")
+    assert done.returncode == 4 and done.stderr.startswith("The CUDA kernels cannot be raced here: ")
+
+
+def test_what_it_does_not_know_is_refused():
+    done = run("dance")
+    assert done.returncode == 1 and "on_card.py test" in done.stderr
