@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TREE = ROOT / "build" / "on-card"
 LEDGER = ROOT / "build" / "cuda-ledger.jsonl"
 INSIDE = {"kernels": "kernels", "bench": "bench"}  # folders that are installed inside the package, by their names there
-TESTS = ("kernels/cuda/test_on_card*.py", "bridge/test_torch_on_card.py")
+TESTS = ("kernels/cuda/test_*on_card*.py", "bridge/test_*on_card*.py")
 WORKERS, TEST_SECONDS = 4, 420
 
 

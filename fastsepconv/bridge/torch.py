@@ -5,7 +5,8 @@ package's. They work on the tensors' own memory, unless that is not contiguous.
 
 x is `[N,H,W,C]`, or `[N,C,H,W]` under "channels_first", where `torch.channels_last` memory spares a copy. Tensors,
 variables of Keras's and arrays are taken; float16 and bfloat16 are computed in float32. Under `torch.autocast` the
-operands are cast as for PyTorch's own convolutions.
+operands are cast as for PyTorch's own convolutions. Tensors on a card are computed there, on the current stream, by the
+CUDA kernels, which have never run on one.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ def separable_conv2d(
 
     Raises:
         TypeError: a dtype is not floating, or not x's.
-        ValueError: another argument is wrong, or the kernel does not fit into the padded image.
+        ValueError: another argument is wrong, or the kernel does not fit into the padded image; or x is on a card and
+            the backend that was set is neither "auto" nor "cuda".
         RuntimeError: there are no kernels for the device that x is on.
     """
     if checks.order(order) == "pointwise_depthwise":
