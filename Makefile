@@ -31,7 +31,7 @@ test-cuda: ## on a machine with a card: test the CUDA kernels with PYTHON (pytho
 	$(or $(PYTHON),python3) scripts/on_card.py test $(ARGS)
 
 bench-cuda: ## the same: race the CUDA kernels against cuDNN and cuBLAS
-	$(or $(PYTHON),python3) scripts/on_card.py bench $(ARGS)
+	$(or $(PYTHON),python3) scripts/on_card.py bench $(or $(ARGS),--quick)
 
 bench: ## set up, then race against TensorFlow and the other runtimes
 	$(setup) tensorflow,demo,bench test
