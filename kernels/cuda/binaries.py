@@ -59,7 +59,8 @@ def get(kernel: Kernel, capability: tuple[int, int]) -> Binary:
 
 
 def ptx(kernel: Kernel, capability: tuple[int, int]) -> str:
-    """The kernel as PTX for this capability."""
+    """The kernel as PTX for this capability, of older instructions if it keeps to those."""
+    capability = kernel.instructions or capability
     signature = types.void(*kernel.parameters)
     bounds = {} if kernel.launch_bounds is None else {"launch_bounds": kernel.launch_bounds}
     text, _ = cuda.compile(kernel.function, signature, device=False, abi="numba", cc=capability, **bounds)
@@ -123,7 +124,8 @@ def _file(kernel: Kernel, capability: tuple[int, int]) -> Path | None:
     if base is None:
         return None
     name = re.sub(r"[^A-Za-z0-9_]+", "-", kernel.name).strip("-")
-    key = _digest(repr((kernel.name, list(map(str, kernel.parameters)), kernel.launch_bounds)).encode())
+    made_from = kernel.name, list(map(str, kernel.parameters)), kernel.launch_bounds, kernel.instructions
+    key = _digest(repr(made_from).encode())
     return base / f"{name}-sm{capability[0]}{capability[1]}-{key[:8]}.kernel"
 
 

@@ -26,6 +26,7 @@ class Device(NamedTuple):
     name: str
     capability: tuple[int, int]
     context: int
+    shared_limit: int  # bytes of shared memory that a block may have, if it asks for them
 
 
 class Stream(NamedTuple):
@@ -35,7 +36,8 @@ class Stream(NamedTuple):
     device: Device
 
 
-SIMULATOR = Device(0, "Numba's simulator", LEAST_CAPABILITY, 0)
+SHARED_UNASKED = 48 * 1024  # bytes of dynamic shared memory that a block may have without asking
+SIMULATOR = Device(0, "Numba's simulator", LEAST_CAPABILITY, 0, SHARED_UNASKED)
 
 
 def call(doing: str, function: Callable, *arguments: Any) -> Any:
@@ -78,8 +80,10 @@ def device(ordinal: int) -> Device:
         raise RuntimeError(
             f"Card {ordinal}, {name}, has compute capability {major}.{minor}: {needed} or newer is needed."
         )
+    limit = attributes.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+    shared = call(f"Asking card {ordinal} its shared memory", api.cuDeviceGetAttribute, limit, handle)
     context = call(f"Starting card {ordinal}", api.cuDevicePrimaryCtxRetain, handle)
-    return Device(ordinal, name, (major, minor), int(context))
+    return Device(ordinal, name, (major, minor), int(context), int(shared))
 
 
 def activate(device: Device) -> None:
@@ -170,7 +174,7 @@ def load(binary: bytes, entry: str) -> tuple[Any, int]:
 
 
 def allow_shared_memory(kernel: int, size: int, device: Device) -> None:
-    """Let a kernel ask for more dynamic shared memory a block than the 48 KB that all of them may have."""
+    """Let a kernel ask for that much dynamic shared memory a block, more than SHARED_UNASKED."""
     attribute = api.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     handle = call("Asking for a card", api.cuDeviceGet, device.ordinal)
     call(f"Asking for {size} bytes of shared memory", api.cuKernelSetAttribute, attribute, size, kernel, handle)

@@ -17,7 +17,7 @@ import struct
 import threading
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 from numba import cuda, types
 
@@ -39,7 +39,16 @@ listeners: list[Callable[[str], None]] = []
 KERNELS: dict[str, Kernel] = {}
 _FORMATS = {types.int32: "i", types.int64: "q", types.float32: "f", types.float64: "d"}
 _making = threading.RLock()
+Made = TypeVar("Made")
 _simulator = threading.Lock()  # it runs one kernel at a time, and says so by an assertion
+
+
+class _Loaded(NamedTuple):
+    """A kernel on a card: what keeps it there, its handle, and the dynamic shared memory that a block may ask for."""
+
+    library: Any
+    handle: int
+    shared_limit: int
 
 
 class Kernel:
@@ -51,27 +60,28 @@ class Kernel:
         elements: tuple[str, ...],
         parameters: tuple[types.Type, ...],
         *,
-        shared_bytes: int = 0,
         launch_bounds: int | tuple[int, ...] | None = None,
+        instructions: tuple[int, int] | None = None,
     ) -> None:
         """The kernel `function` for arrays of these `elements`, by which its name tells it apart from its sisters.
 
         Args:
+            elements: names of elements; of a kernel with a tile, that of the tile behind them.
             parameters: the types of the function's parameters, in their order.
-            shared_bytes: dynamic shared memory of a block.
             launch_bounds: the most threads of a block, or that and the least blocks of a multiprocessor.
+            instructions: the capability whose instructions its PTX holds, on all cards; None: those of the card.
         """
         self.function = function
         self.name = f"{function.__name__}[{','.join(elements)}]"
         self.parameters = parameters
-        self.shared_bytes = shared_bytes
         self.launch_bounds = launch_bounds
+        self.instructions = instructions
         if self.name in KERNELS:
             raise ValueError(f"There are two kernels of the name {self.name}.")
         KERNELS[self.name] = self
         self._simulated: Any = cuda.jit(function) if SIMULATED else None
         self._packers = threading.local()
-        self._loaded: dict[int, tuple[Any, int]] = {}  # by the card's number
+        self._loaded: dict[int, _Loaded] = {}  # by the card's number
         self._compiling = threading.Lock()
 
     def over(self, count: int, stream: Stream, *arguments: Any) -> None:
@@ -79,9 +89,12 @@ class Kernel:
         if count > 0:
             self(min(-(-count // THREADS), MOST_BLOCKS), THREADS, stream, *arguments)
 
-    def __call__(self, blocks: int | tuple, threads: int | tuple, stream: Stream, *arguments: Any) -> None:
+    def __call__(
+        self, blocks: int | tuple, threads: int | tuple, stream: Stream, *arguments: Any, shared_bytes: int = 0
+    ) -> None:
         """Launch with these arguments: `blocks` and `threads` are numbers, or up to three of them.
 
+        `shared_bytes` is the dynamic shared memory of a block.
         In the simulator the grid is always SIMULATED_GRID: a kernel that runs there strides over its grid.
         """
         if listeners or log.isEnabledFor(logging.DEBUG):
@@ -90,16 +103,18 @@ class Kernel:
             return self._simulate(arguments)
         on = stream.device
         loaded = self._loaded.get(on.ordinal) or self._load(on)
+        if shared_bytes > loaded.shared_limit:
+            loaded = self._allow(on, shared_bytes)
         packer = getattr(self._packers, "packer", None)
         if packer is None:
             packer = self._packers.packer = Packer(self.parameters)
         grid = blocks if type(blocks) is tuple else (blocks,)
         block = threads if type(threads) is tuple else (threads,)
         (status,) = driver.api.cuLaunchKernel(
-            loaded[1],
+            loaded.handle,
             *grid, *_ONES[len(grid)],
             *block, *_ONES[len(block)],
-            self.shared_bytes, stream.handle, packer.pack(arguments), 0,
+            shared_bytes, stream.handle, packer.pack(arguments), 0,
         )  # fmt: skip
         if status:
             driver.call(f"Launching {self.name} on {blocks} blocks of {threads} threads", lambda: (status,))
@@ -111,15 +126,21 @@ class Kernel:
         for listener in list(listeners):
             listener(self.name)
 
-    def _load(self, on: driver.Device) -> tuple[Any, int]:
+    def _load(self, on: driver.Device) -> _Loaded:
         with self._compiling:
             if on.ordinal not in self._loaded:
                 binary = binaries.get(self, on.capability)
-                library, handle = driver.load(binary.code, binary.entry)
-                if self.shared_bytes > 48 * 1024:
-                    driver.allow_shared_memory(handle, self.shared_bytes, on)
-                self._loaded[on.ordinal] = library, handle
+                self._loaded[on.ordinal] = _Loaded(*driver.load(binary.code, binary.entry), driver.SHARED_UNASKED)
             return self._loaded[on.ordinal]
+
+    def _allow(self, on: driver.Device, shared_bytes: int) -> _Loaded:
+        """Ask for more shared memory than any launch on this card has had."""
+        with self._compiling:
+            loaded = self._loaded[on.ordinal]
+            if shared_bytes > loaded.shared_limit:
+                driver.allow_shared_memory(loaded.handle, shared_bytes, on)
+                loaded = self._loaded[on.ordinal] = loaded._replace(shared_limit=shared_bytes)
+            return loaded
 
     def _simulate(self, arguments: tuple) -> None:
         with _simulator, warnings.catch_warnings():
@@ -130,14 +151,14 @@ class Kernel:
 _ONES = ((), (1, 1), (1,), ())  # what a grid of so many sizes lacks
 
 
-def made_once(factory: Callable[..., Kernel]) -> Callable[..., Kernel]:
+def made_once(factory: Callable[..., Made]) -> Callable[..., Made]:
     """A function that makes kernels, each of them once, whichever threads ask for it at the same time."""
     cached = functools.cache(factory)
 
     @functools.wraps(factory)
-    def make(*elements: str) -> Kernel:
+    def make(*which: Any) -> Made:
         with _making:
-            return cached(*elements)
+            return cached(*which)
 
     return make
 

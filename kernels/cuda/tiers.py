@@ -1,15 +1,19 @@
 """Which kernels serve a call: for each operation the first row that does; the plain kernels, last, serve everything.
 
-A row's `serves` is asked with the operation's own arguments and answers from sizes and elements alone, without a look
-at the card's memory. `launch.log` ("fastsepconv.cuda", at DEBUG) and `launch.listeners` tell which kernels ran.
+A row's `serves` is asked with the operation's own arguments and answers from sizes, elements and addresses alone,
+without a look at the card's memory. The fast rows, which have never run on a card, are asked where
+FASTSEPCONV_CUDA_TIER=fast says so, and not loaded before. `launch.log` ("fastsepconv.cuda", at DEBUG) and
+`launch.listeners` tell which kernels ran.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from . import depthwise, pointwise, separable
+from . import depthwise, pointwise, separable, settings
 from .elements import SIMULATED
 
 
@@ -25,29 +29,75 @@ def _everything(*arguments: Any) -> bool:
     return True
 
 
+def _later(module: str, name: str) -> Callable[..., Any]:
+    """The function of that name in a module that is loaded at the first call."""
+    find = functools.cache(lambda: getattr(importlib.import_module(f".{module}", __package__), name))
+
+    def call(*arguments: Any) -> Any:
+        return find()(*arguments)
+
+    return call
+
+
+def _fast(module: str, way: str, serves: str) -> Row:
+    return Row("fast", _later(module, way), _later(module, serves))
+
+
 TABLE: dict[str, tuple[Row, ...]] = {
-    "depthwise_forward": (Row("plain", depthwise.forward, _everything),),
-    "depthwise_backward": (Row("plain", depthwise.backward, _everything),),
-    "pointwise_forward": (Row("plain", pointwise.forward, _everything),),
-    "pointwise_backward": (Row("plain", pointwise.backward, _everything),),
-    "separable_forward": (Row("plain", separable.forward, _everything),),
-    "separable_backward": (Row("plain", separable.backward, _everything),),
+    "depthwise_forward": (
+        _fast("fast_depthwise", "forward", "serves_forward"),
+        Row("plain", depthwise.forward, _everything),
+    ),
+    "depthwise_backward": (
+        _fast("fast_depthwise", "backward", "serves_backward"),
+        Row("plain", depthwise.backward, _everything),
+    ),
+    "pointwise_forward": (
+        _fast("fast_pointwise", "forward", "serves"),
+        Row("plain", pointwise.forward, _everything),
+    ),
+    "pointwise_backward": (
+        _fast("fast_pointwise", "backward", "serves"),
+        Row("plain", pointwise.backward, _everything),
+    ),
+    "separable_forward": (
+        _fast("fast_separable", "forward", "serves"),
+        Row("plain", separable.forward, _everything),
+    ),
+    "separable_backward": (
+        _fast("fast_separable", "backward", "serves"),
+        Row("plain", separable.backward, _everything),
+    ),
 }
 
 
 def run(operation: str, *arguments: Any) -> None:
-    """Compute an operation with the first row that serves these arguments; the simulator has the plain kernels only."""
+    """Compute an operation with the first row that may be used and serves these arguments.
+
+    Raises:
+        ValueError: FASTSEPCONV_CUDA_TIER names no tier.
+    """
+    usable = _usable()
     for row in TABLE[operation]:
-        if (row.tier == "plain" or not SIMULATED) and row.serves(*arguments):
+        if row.tier in usable and row.serves(*arguments):
             row.run(*arguments)
             return
 
 
+def _usable() -> tuple[str, ...]:
+    """The tiers that may be used; the simulator has the plain kernels only."""
+    return ("fast", "plain") if settings.tier() == "fast" and not SIMULATED else ("plain",)
+
+
 def explain() -> str:
-    """Which operations each tier serves, in words."""
-    tiers = dict.fromkeys(row.tier for rows in TABLE.values() for row in rows)
-    served = {tier: [name for name, rows in TABLE.items() if any(row.tier == tier for row in rows)] for tier in tiers}
-    return ", ".join(
-        f"{tier} kernels for {'every operation' if len(names) == len(TABLE) else ' and '.join(names)}"
-        for tier, names in served.items()
-    )
+    """Which kernels calls may use, in words.
+
+    Raises:
+        ValueError: FASTSEPCONV_CUDA_TIER names no tier, or FASTSEPCONV_TF32 is neither 0 nor 1.
+    """
+    numbers, plain = "TF32" if settings.tf32() else "three TF32 products", "plain kernels for every operation"
+    if "fast" in _usable():
+        return f"fast kernels, never run on a card, where they serve (float32 as {numbers}), else {plain}"
+    if SIMULATED:
+        return plain
+    return f"{plain}; {settings.TIER}=fast asks for faster ones, never run on a card"

@@ -158,6 +158,10 @@ class WindowTile(NamedTuple):
     reason: str
 
     @property
+    def name(self) -> str:
+        return f"{self.taps}x{self.taps}_s{self.stride}_c{self.width}"
+
+    @property
     def slots(self) -> int:
         """Outputs of a row that one column of input may belong to."""
         return -(-self.taps // self.stride)
@@ -217,6 +221,10 @@ class SeparableTile(NamedTuple):
 
     gemm: GemmTile
     window: WindowTile
+
+    @property
+    def name(self) -> str:
+        return f"{self.gemm.name}_{self.window.name}"
 
 
 _WINDOW_FLOAT = WindowTile(

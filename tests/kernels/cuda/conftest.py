@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 
 import pytest
@@ -21,16 +22,33 @@ def toolkit():
 @pytest.fixture
 def double(toolkit, monkeypatch, tmp_path):
     """A driver that stands for NVIDIA's, and a cache folder of its own."""
-    from fastsepconv.kernels.cuda import driver, launch
     from tests.kernels.cuda.driver_double import DriverDouble
 
-    monkeypatch.setenv("FASTSEPCONV_CACHE_DIR", str(tmp_path))
-    stand_in = DriverDouble()
+    with in_place_of_the_driver(DriverDouble(), monkeypatch, tmp_path) as stand_in:
+        yield stand_in
+
+
+@pytest.fixture
+def emulated(toolkit, monkeypatch, tmp_path):
+    """A driver whose launches run what they launch, in an emulation; the fast tier is asked for."""
+    from tests.kernels.cuda.emulated_card import EmulatedCard
+
+    monkeypatch.setenv("FASTSEPCONV_CUDA_TIER", "fast")
+    with in_place_of_the_driver(EmulatedCard(monkeypatch), monkeypatch, tmp_path) as stand_in:
+        yield stand_in
+
+
+@contextlib.contextmanager
+def in_place_of_the_driver(stand_in, monkeypatch, folder):
+    from fastsepconv.kernels.cuda import driver, launch
+
+    def forget():
+        driver.device.cache_clear()
+        for kernel in launch.KERNELS.values():
+            kernel._loaded.clear()
+
+    monkeypatch.setenv("FASTSEPCONV_CACHE_DIR", str(folder))
     monkeypatch.setattr(driver, "api", stand_in)
-    driver.device.cache_clear()
-    for kernel in launch.KERNELS.values():
-        kernel._loaded.clear()
+    forget()
     yield stand_in
-    driver.device.cache_clear()
-    for kernel in launch.KERNELS.values():
-        kernel._loaded.clear()
+    forget()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ctypes
 
+import numpy as np
 from cuda.bindings import driver as real
 
 OK = real.CUresult.CUDA_SUCCESS
 CONTEXT = 77
+ALIGNMENT = 256  # of what the driver allocates
 _SIZES = {"q": 8, "Q": 8, "d": 8, "i": 4, "f": 4}
 _TYPES = {"q": ctypes.c_int64, "Q": ctypes.c_uint64, "d": ctypes.c_double, "i": ctypes.c_int32, "f": ctypes.c_float}
 
@@ -25,6 +27,8 @@ class DriverDouble:
 
     def __init__(self, capability=(9, 0), cards=1):
         self.capability, self.cards = capability, cards
+        self.shared_limit = 227 * 1024
+        self.allowed = {}  # dynamic shared memory that kernels may ask for, by their handles
         self.fails = {}  # status by the function's name, or by ("cuMemAllocAsync", the number of the call)
         self.calls = []
         self.memory = {}
@@ -55,8 +59,13 @@ class DriverDouble:
         return self._done("cuDeviceGetName", b"A double" + b"\0" * 8)
 
     def cuDeviceGetAttribute(self, attribute, device):
-        major = self.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
-        return self._done("cuDeviceGetAttribute", self.capability[attribute != major])
+        kinds = self.CUdevice_attribute
+        found = {
+            kinds.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR: self.capability[0],
+            kinds.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR: self.capability[1],
+            kinds.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN: self.shared_limit,
+        }
+        return self._done("cuDeviceGetAttribute", found[attribute])
 
     def cuDevicePrimaryCtxRetain(self, device):
         return self._done("cuDevicePrimaryCtxRetain", CONTEXT + device)
@@ -77,16 +86,18 @@ class DriverDouble:
         return self._done("cuLibraryGetKernel", len(self.calls))
 
     def cuKernelSetAttribute(self, attribute, value, kernel, device):
-        self.shared_bytes = value
+        self.allowed[kernel] = value
         return self._done("cuKernelSetAttribute")
 
     def cuMemAllocAsync(self, size, stream):
         done = self._done("cuMemAllocAsync")
         if done[0]:
             return (*done, 0)
-        memory = ctypes.create_string_buffer(size)
-        self.memory[ctypes.addressof(memory)] = memory, stream
-        return (*done, ctypes.addressof(memory))
+        memory = np.zeros(size + ALIGNMENT, np.uint8)
+        first = -memory.ctypes.data % ALIGNMENT
+        memory = memory[first : first + size]
+        self.memory[memory.ctypes.data] = memory, stream
+        return (*done, memory.ctypes.data)
 
     def cuMemFreeAsync(self, address, stream):
         _, own_stream = self.memory.pop(address)

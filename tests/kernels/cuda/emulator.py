@@ -19,8 +19,19 @@ from unittest.mock import patch
 import ml_dtypes
 import numpy as np
 
+from fastsepconv.kernels.cuda import (
+    channel_vectors,
+    depthwise_window,
+    gemm_tile,
+    partial_sums,
+    pointwise_tensor,
+    separable_rows,
+)
 from fastsepconv.kernels.cuda.tiles import Launch
 from tests.kernels.cuda.emulated_memory import BASE, WARP, Memory, Registers, SharedMemory
+
+# Those whose `cuda` and `ptx` the kernels use.
+MODULES = (channel_vectors, depthwise_window, gemm_tile, partial_sums, pointwise_tensor, separable_rows)
 
 
 class Block:

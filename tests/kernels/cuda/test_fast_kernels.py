@@ -14,19 +14,11 @@ pytest.importorskip("numba_cuda", reason="pip install 'fastsepconv[cuda13]'")
 import ml_dtypes
 
 from fastsepconv.kernels import geometry, reference
-from fastsepconv.kernels.cuda import (
-    channel_vectors,
-    depthwise_window,
-    gemm_tile,
-    partial_sums,
-    pointwise_tensor,
-    separable_rows,
-    tiles,
-)
+from fastsepconv.kernels.cuda import depthwise_window, partial_sums, pointwise_tensor, separable_rows, tiles
 from tests.kernels.cuda import emulator
 from tests.tolerances import RELATIVE, relative_error
 
-MODULES = [channel_vectors, depthwise_window, gemm_tile, partial_sums, pointwise_tensor, separable_rows]
+MODULES = emulator.MODULES
 HALVES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 TOLERANCES = {**RELATIVE, "tf32": 2e-3}
 POINTWISE = [pytest.param(dtype, tile, id=f"{dtype}-{tile.name}") for dtype, t in tiles.POINTWISE.items() for tile in t]
@@ -121,12 +113,13 @@ def test_pointwise_forward_by_copies_of_eight_bytes(dtype, rng):
     assert_watched(watched, free_of_conflicts=inner_loop(dtype))
 
 
-def test_a_nan_passes_three_products(rng):
+@pytest.mark.parametrize("numbers", ["float32", "tf32"])
+def test_a_nan_passes_products(numbers):
     x, w, y = np.ones((3, 16), np.float32), np.ones((16, 8), np.float32), poisoned((3, 8), "float32")
     x.view(np.uint32)[0, 3], x.view(np.uint32)[2, 5] = 0x7FFFFFFF, 0xFFFFFFFF
-    bounds, tile = (np.float32(0), np.float32(6)), tiles.POINTWISE["float32"][2]
+    bounds, tile = (np.float32(0), np.float32(6)), tiles.POINTWISE[numbers][2]
     arguments = (x, w, np.zeros(8, np.float32), y, 3, 8, 16, 0, *bounds)
-    emulator.run(MODULES, pointwise_tensor.forward, ("float32", tile), (3, 8), arguments)
+    emulator.run(MODULES, pointwise_tensor.forward, (numbers, tile), (3, 8), arguments)
     assert np.isnan(y[[0, 2]]).all()
     assert (y[1] == 6).all()
 

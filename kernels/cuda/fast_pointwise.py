@@ -1,0 +1,97 @@
+"""Pointwise convolution in the fast tier, forward and backward, on tensor cores; arguments as in `pointwise`.
+
+float32 is computed as three TF32 products, or as one where FASTSEPCONV_TF32=1 asks for it. The former make NaN of an
+infinity in x or the kernel, where the plain kernels give an infinity.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import fast_kernels, pointwise_tensor, settings, sums, tiles
+from .launch import Stream
+from .memory import ABSENT, Operand, scratch
+from .tiles import GemmTile
+
+
+def serves(rows: int, channels: int, filters: int, *arguments: Any) -> bool:
+    """Whether both passes can be computed for arrays like these."""
+    return fast_kernels.takes(arguments) and fits(rows, channels, filters, arguments[0].element)
+
+
+def fits(rows: int, channels: int, filters: int, element: str) -> bool:
+    """Whether there are tiles for these sizes: of half numbers, for even ones."""
+    countable = fast_kernels.spans(rows, channels, filters) and fast_kernels.spans(channels, filters)
+    return countable and tiles.copy_bytes(element, channels, filters) > 0
+
+
+def forward(
+    rows: int,
+    channels: int,
+    filters: int,
+    x: Operand,
+    kernel: Operand,
+    bias: Operand | None,
+    y: Operand,
+    clamp,
+    stream: Stream,
+) -> None:
+    """Fills y `[rows,F]` from x `[rows,K]`, kernel `[K,F]`, bias `[F]` or None."""
+    which, added = _product(x.element, rows, filters, (channels, filters)), bias or ABSENT
+    fast_kernels.run(
+        pointwise_tensor.forward, which, (rows, filters), stream,
+        x.pointer, kernel.pointer, added.pointer, y.pointer, rows, filters, channels, int(bias is not None), *clamp,
+    )  # fmt: skip
+
+
+def backward(
+    rows: int,
+    channels: int,
+    filters: int,
+    x: Operand,
+    kernel: Operand,
+    dy: Operand,
+    dx: Operand | None,
+    d_kernel: Operand | None,
+    d_bias: Operand | None,
+    stream: Stream,
+) -> None:
+    """Fills dx, d_kernel and d_bias, each unless None, from dy `[rows,F]`."""
+    if dx:
+        which = _product(dy.element, rows, channels, (channels, filters))
+        fast_kernels.run(
+            pointwise_tensor.input_gradient, which, (rows, channels), stream,
+            dy.pointer, kernel.pointer, dx.pointer, rows, channels, filters,
+        )  # fmt: skip
+    if d_kernel:
+        _kernel_gradient(rows, channels, filters, x, dy, d_kernel, stream)
+    if d_bias:
+        sums.over_rows(rows, filters, dy, d_bias, stream)
+
+
+def _kernel_gradient(
+    rows: int, channels: int, filters: int, x: Operand, dy: Operand, d_kernel: Operand, stream: Stream
+) -> None:
+    numbers, tile = _product(dy.element, channels, filters, (channels, filters))
+    share = tiles.kernel_gradient_share(tile, channels, filters, rows)
+    splits, weights = -(-rows // share), channels * filters
+    with scratch(splits * weights, "float32", stream) as partials:
+        fast_kernels.run(
+            pointwise_tensor.kernel_gradient, (numbers, tile), (channels, filters, rows, share), stream,
+            x.pointer, dy.pointer, partials.pointer, channels, filters, rows, share,
+        )  # fmt: skip
+        fast_kernels.add_partials(weights, splits, partials, d_kernel, stream)
+
+
+def _product(element: str, rows: int, columns: int, row_lengths: tuple[int, ...]) -> tuple[str, GemmTile]:
+    """The numbers and the tile that compute a product of `rows` by `columns`.
+
+    Raises:
+        ValueError: there is no tile, since `fits` was not asked.
+    """
+    wanted = ("tf32", element) if element == "float32" and settings.tf32() else (element,)
+    for numbers in wanted:
+        tile = tiles.pointwise(numbers, rows, columns, row_lengths)
+        if tile:
+            return numbers, tile
+    raise ValueError(f"No tile takes rows of {row_lengths} elements of {element}.")

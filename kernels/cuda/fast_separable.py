@@ -1,0 +1,105 @@
+"""Separable convolution in the fast tier, forward and backward; arguments as in `separable`.
+
+Forward it is one kernel for half numbers, as long as all channels of a block's pixels fit its shared memory; else, and
+backward, the depthwise and the pointwise kernels one after the other. What lies between the two steps, mid
+`[N,P,Q,C*M]` and its gradient, has the data's element, which tensor cores take: half numbers are rounded there as well.
+A depthwise step that has no window in registers is the plain tier's; the pointwise step is always on tensor cores.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from types import ModuleType
+from typing import Any
+
+from ..geometry import Geometry
+from . import depthwise, fast_depthwise, fast_kernels, fast_pointwise, separable_rows
+from .launch import Stream
+from .memory import ABSENT, Operand, scratch
+from .tiles import SeparableTile
+
+UNBOUNDED = (float("-inf"), float("inf"))
+
+
+def serves(g: Geometry, filters: int, *arguments: Any) -> bool:
+    """Whether both passes can be computed for arrays like these."""
+    return fast_kernels.takes(arguments) and fast_pointwise.fits(*_sizes(g), filters, arguments[0].element)
+
+
+def forward(
+    g: Geometry,
+    filters: int,
+    x: Operand,
+    depthwise_kernel: Operand,
+    pointwise_kernel: Operand,
+    bias: Operand | None,
+    y: Operand,
+    clamp,
+    stream: Stream,
+) -> None:
+    """Fills y `[N,P,Q,F]` from x `[N,H,W,C]`, kernels `[R,S,C,M]` and `[C*M,F]`, bias `[F]` or None."""
+    rows, channels = _sizes(g)
+    tile = _fused(g, filters, x.element, stream)
+    if tile is None:
+        with scratch(rows * channels, x.element, stream) as mid:
+            _depthwise_forward(g, x, depthwise_kernel, mid, stream)
+            fast_pointwise.forward(rows, channels, filters, mid, pointwise_kernel, bias, y, clamp, stream)
+        return
+    added, window = bias or ABSENT, tile.window
+    fast_kernels.run(
+        separable_rows.forward, (x.element, tile), (rows, channels), stream,
+        x.pointer, depthwise_kernel.pointer, pointwise_kernel.pointer, added.pointer, y.pointer,
+        rows, g.height, g.width, channels, filters, g.out_height, g.out_width, g.pad_top, g.pad_left,
+        window.groups(g.out_width), window.segments(g.out_width), int(bias is not None), *clamp,
+    )  # fmt: skip
+
+
+def backward(
+    g: Geometry,
+    filters: int,
+    x: Operand,
+    depthwise_kernel: Operand,
+    pointwise_kernel: Operand,
+    dy: Operand,
+    dx: Operand | None,
+    d_depthwise: Operand | None,
+    d_pointwise: Operand | None,
+    d_bias: Operand | None,
+    stream: Stream,
+) -> None:
+    """Fills dx, d_depthwise, d_pointwise and d_bias, each unless None, from dy `[N,P,Q,F]`; mid is computed again."""
+    rows, channels = _sizes(g)
+    with contextlib.ExitStack() as held:
+        mid = d_mid = None
+        if d_pointwise:
+            mid = held.enter_context(scratch(rows * channels, x.element, stream))
+            _depthwise_forward(g, x, depthwise_kernel, mid, stream)
+        if dx or d_depthwise:
+            d_mid = held.enter_context(scratch(rows * channels, x.element, stream))
+        fast_pointwise.backward(
+            rows, channels, filters, mid or x, pointwise_kernel, dy, d_mid, d_pointwise, d_bias, stream
+        )
+        if d_mid:
+            arguments = g, x, depthwise_kernel, d_mid, dx, d_depthwise, None, stream
+            step: ModuleType = fast_depthwise if fast_depthwise.serves_backward(*arguments) else depthwise
+            step.backward(*arguments)
+
+
+def _depthwise_forward(g: Geometry, x: Operand, kernel: Operand, mid: Operand, stream: Stream) -> None:
+    arguments = g, x, kernel, None, mid, UNBOUNDED, stream
+    step: ModuleType = fast_depthwise if fast_depthwise.serves_forward(*arguments) else depthwise
+    step.forward(*arguments)
+
+
+def _fused(g: Geometry, filters: int, element: str, stream: Stream) -> SeparableTile | None:
+    """The tile that computes both steps in one kernel on this card, if there is one."""
+    if fast_depthwise.forward_tile(g, element) is None:
+        return None
+    rows, channels = _sizes(g)
+    taps, strides = (g.kernel_height, g.kernel_width), (g.stride_height, g.stride_width)
+    return separable_rows.choose(element, taps, strides, rows, channels, filters, stream.device.shared_limit)
+
+
+def _sizes(g: Geometry) -> tuple[int, int]:
+    """The rows and columns of mid."""
+    return g.batch * g.out_height * g.out_width, g.channels * g.multiplier
