@@ -6,6 +6,7 @@ Arguments as in `depthwise`. For 3x3 taps without dilation or multiplier, of str
 from __future__ import annotations
 
 import contextlib
+from functools import lru_cache
 
 from ..geometry import Geometry
 from . import depthwise_window, fast_kernels, sums, tiles
@@ -36,11 +37,13 @@ def serves_backward(
     return taken and _backward_tile(g, x.element) is not None
 
 
+@lru_cache(tiles.CHOICES_KEPT)
 def forward_tile(g: Geometry, element: str) -> WindowTile | None:
     """The forward tile of a geometry; None where it is the plain tier's."""
     return tiles.depthwise_forward(element, *_taps_and_strides(g), g.channels) if _countable(g) else None
 
 
+@lru_cache(tiles.CHOICES_KEPT)
 def _backward_tile(g: Geometry, element: str) -> WindowTile | None:
     return tiles.depthwise_backward(element, *_taps_and_strides(g), g.channels) if _countable(g) else None
 

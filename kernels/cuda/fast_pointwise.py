@@ -6,6 +6,7 @@ infinity in x or the kernel, where the plain kernels give an infinity.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 from . import fast_kernels, pointwise_tensor, settings, sums, tiles
@@ -19,6 +20,7 @@ def serves(rows: int, channels: int, filters: int, *arguments: Any) -> bool:
     return fast_kernels.takes(arguments) and fits(rows, channels, filters, arguments[0].element)
 
 
+@lru_cache(tiles.CHOICES_KEPT)
 def fits(rows: int, channels: int, filters: int, element: str) -> bool:
     """Whether there are tiles for these sizes: of half numbers, for even ones."""
     countable = fast_kernels.spans(rows, channels, filters) and fast_kernels.spans(channels, filters)

@@ -163,7 +163,7 @@ def multiplier(numbers: Numbers, row_tiles: int, column_tiles: int):
     if numbers.name == "float32":
         return _multiplier_three_products(row_tiles, column_tiles)
     product = {"tf32": ptx.multiply_tf32, "bfloat16": ptx.multiply_bf16, "float16": ptx.multiply_f16}[numbers.name]
-    rounded = numbers.name == "tf32"
+    rounded = numbers.name == "tf32"  # by an instruction of its own: integers, as below, would overflow some NaN
 
     @inlined
     def round_all(registers, count):

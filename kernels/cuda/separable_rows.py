@@ -12,7 +12,7 @@ inside the loop over the depth, it computes nothing twice.
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
 from numba import cuda, types
@@ -33,6 +33,7 @@ def shared_bytes(tile: SeparableTile, channels: int) -> int:
     return tile.gemm.rows * _mid_row_bytes(channels) + tile.gemm.stages * stage + tile.gemm.threads // 32 * room
 
 
+@lru_cache(tiles.CHOICES_KEPT)
 def choose(
     dtype: str,
     taps: tuple[int, int],

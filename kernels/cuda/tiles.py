@@ -7,6 +7,7 @@ Nothing here has been timed on a card: the reasons are arithmetic.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ import numpy as np
 from .fragments import inlined
 
 REFERENCE_MULTIPROCESSORS = 132  # of an H100 or H200 (SXM)
+CHOICES_KEPT = 1024  # choices take as long as a launch, and shapes come again
 
 
 class Launch(NamedTuple):
@@ -123,6 +125,7 @@ def copy_bytes(dtype: str, *row_lengths: int) -> int:
     return next((size for size in (16, 4) if not any(n * ITEMSIZE[dtype] % size for n in row_lengths)), 0)
 
 
+@lru_cache(CHOICES_KEPT)
 def pointwise(dtype: str, rows: int, columns: int, row_lengths: tuple[int, ...]) -> GemmTile | None:
     """The tile for a product of `rows` by `columns`, or None where it is the plain tier's.
 

@@ -121,6 +121,15 @@ def test_cuda_in_the_simulator_is_told():
     assert checks["cuda"]["details"]["tiers"].startswith("plain kernels for every operation")
 
 
+@pytest.mark.parametrize(("variable", "value"), [("FASTSEPCONV_CUDA_TIER", "quick"), ("FASTSEPCONV_TF32", "yes")])
+def test_a_wrong_setting_of_the_cuda_kernels_is_named(variable, value):
+    settings = {"NUMBA_ENABLE_CUDASIM": "1", variable: value}
+    result = doctor_in_a_process("--json", before=HIDE_TENSORFLOW, **settings)
+    assert result.returncode == 1
+    finding = json.loads(result.stdout)["checks"]["cuda"]
+    assert finding["state"] == "ill" and variable in finding["text"]
+
+
 def test_help_shows_examples_and_exit_codes(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["doctor", "--help"])

@@ -24,6 +24,8 @@ def double(toolkit, monkeypatch, tmp_path):
     """A driver that stands for NVIDIA's, and a cache folder of its own."""
     from tests.kernels.cuda.driver_double import DriverDouble
 
+    for variable in ("FASTSEPCONV_CUDA_TIER", "FASTSEPCONV_TF32"):
+        monkeypatch.delenv(variable, raising=False)
     with in_place_of_the_driver(DriverDouble(), monkeypatch, tmp_path) as stand_in:
         yield stand_in
 

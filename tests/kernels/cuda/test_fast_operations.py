@@ -12,50 +12,27 @@ import numpy as np
 import pytest
 
 pytest.importorskip("numba_cuda", reason="pip install 'fastsepconv[cuda13]'")
-import ml_dtypes
 
-from fastsepconv.kernels import cuda, reference
+from fastsepconv.kernels import cuda
 from fastsepconv.kernels.geometry import resolve
-from tests.tolerances import RELATIVE, relative_error
-
-DTYPES = {"float32": np.float32, "tf32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
-TOLERANCES = {**RELATIVE, "tf32": 2e-3}
-FLOATS = ("float32", "bfloat16", "float16")
+from tests.kernels.cuda.fast_cases import (
+    DTYPES,
+    FLOATS,
+    POINTWISE,
+    SEPARABLE,
+    WINDOWS,
+    check,
+    normal,
+    separable_inputs,
+)
 
 
 @pytest.fixture(params=DTYPES)
 def numbers(request, emulated, monkeypatch) -> str:
-    """What float32 or half numbers are computed as."""
+    """What numbers are multiplied as."""
     if request.param == "tf32":
         monkeypatch.setenv("FASTSEPCONV_TF32", "1")
     return request.param
-
-
-def check(numbers, operation, before, inputs, bias, dy, *, backward=True):
-    """y, held to bounds, and every gradient, written over NaN, against the reference."""
-    dtype = DTYPES[numbers]
-    *inputs, bias, dy = (array.astype(dtype) for array in (*inputs, bias, dy))
-    doubles = [array.astype(np.float64) for array in (*inputs, dy)]
-    free = getattr(reference, f"{operation}_forward")(*before, *doubles[:-1], bias)
-    bounds = float(free.min() / 2), float(free.max() / 2)
-    y = np.full(dy.shape, np.nan, dtype)
-    getattr(cuda, f"{operation}_forward")(*before, *inputs, bias, y, bounds)
-    results, exact = {"y": y}, {"y": free.clip(*bounds)}
-    if backward:
-        gradients = [np.full(array.shape, np.nan, dtype) for array in (*inputs, bias)]
-        getattr(cuda, f"{operation}_backward")(*before, *inputs, dy, *gradients)
-        true = getattr(reference, f"{operation}_backward")(*before, *doubles)
-        names = [f"gradient {i}" for i in range(len(gradients))]
-        results |= zip(names, gradients, strict=True)
-        exact |= zip(names, true, strict=True)
-    for name, ours in results.items():
-        assert np.isfinite(ours.astype(np.float64)).all(), f"{operation} {name}: not everything was written"
-        error = relative_error(ours, exact[name])
-        assert error <= TOLERANCES[numbers], f"{operation} {name}: off by {error:.3g} of its largest value"
-
-
-def normal(rng, *shapes):
-    return [rng.standard_normal(shape) for shape in shapes]
 
 
 def names(emulated) -> list[str]:
@@ -63,9 +40,6 @@ def names(emulated) -> list[str]:
     ran = [name.partition("[")[0] for name in emulated.ran]
     emulated.ran.clear()
     return ran
-
-
-POINTWISE = [(150, 40, 72), (530, 24, 16), (70, 34, 66), (1, 8, 8)]  # rows, channels, filters
 
 
 @pytest.mark.parametrize("sizes", POINTWISE, ids=str)
@@ -88,21 +62,13 @@ def test_pointwise(numbers, sizes, emulated, rng):
 def test_pointwise_with_the_tiles_of_large_shapes(tile, emulated, monkeypatch, rng):
     from fastsepconv.kernels.cuda import tiles
 
-    found = [one for one in tiles.POINTWISE["bfloat16"] if one.name == tile]
-    monkeypatch.setitem(tiles.POINTWISE, "bfloat16", found)
+    found = next(one for one in tiles.POINTWISE["bfloat16"] if one.name == tile)
+    monkeypatch.setattr(tiles, "pointwise", lambda *arguments: found)
     inputs = normal(rng, (300, 136), (136, 144))
     check("bfloat16", "pointwise", (), inputs, *normal(rng, (144,), (300, 144)))
     assert emulated.ran[:3] == [
         f"pointwise_{way}[bfloat16,{tile}]" for way in ("forward", "input_gradient", "kernel_gradient")
     ]
-
-
-WINDOWS = {  # image, padding
-    "two segments a row": ((2, 5, 23, 40), "same"),
-    "no padding": ((1, 9, 7, 16), "valid"),
-    "padding beyond the kernel": ((1, 4, 5, 8), ((4, 0), (0, 5))),
-    "one row of many channels": ((3, 1, 4, 264), "same"),
-}
 
 
 @pytest.mark.parametrize("numbers", FLOATS)
@@ -131,22 +97,12 @@ def test_threads_take_several_rows_where_the_card_is_full(numbers, emulated, mon
     check(numbers, "depthwise", (g,), normal(rng, image, g.kernel_shape), *normal(rng, (136,), g.output_shape))
 
 
-SEPARABLE = {  # image, taps, multiplier, stride, filters; the depthwise kernels
-    "a window": ((2, 5, 23, 40), (3, 3), 1, 1, 24, "window"),
-    "stride 2": ((1, 7, 6, 16), (3, 3), 1, 2, 72, "forward"),
-    "five taps": ((1, 5, 4, 8), (5, 5), 1, 1, 8, "plain"),
-    "a multiplier, odd channels": ((1, 4, 3, 3), (3, 2), 2, 1, 10, "plain"),
-}
-
-
 @pytest.mark.parametrize("case", SEPARABLE.values(), ids=SEPARABLE.keys())
 def test_separable(numbers, case, emulated, rng):
     image, taps, multiplier, stride, filters, window = case
     g = resolve(image, (*taps, image[3], multiplier), (stride, stride), "same", (1, 1))
-    inputs = normal(rng, image, g.kernel_shape, (image[3] * multiplier, filters))
-    inputs[1] /= 3
-    inputs[2] /= np.sqrt(inputs[2].shape[0])
-    check(numbers, "separable", (g,), inputs, *normal(rng, (filters,), (*g.output_shape[:3], filters)))
+    inputs, out = separable_inputs(rng, g, filters), (*g.output_shape[:3], filters)
+    check(numbers, "separable", (g,), inputs, *normal(rng, (filters,), out))
     fused = DTYPES[numbers] is not np.float32 and window != "plain"
     forward = ["separable_forward"] if fused else ["depthwise_forward", "pointwise_forward"]
     products = ["pointwise_input_gradient", "pointwise_kernel_gradient", "add_partials", "row_sums", "part_sums"]
@@ -160,9 +116,8 @@ def test_separable(numbers, case, emulated, rng):
 def test_separable_in_two_kernels_where_shared_memory_is_short(half, emulated, rng):
     emulated.shared_limit = 48 * 1024
     g = resolve((1, 6, 9, 136), (3, 3, 136, 1), (1, 1), "same", (1, 1))
-    inputs = normal(rng, g.input_shape, g.kernel_shape, (136, 40))
-    inputs[2] /= 12
-    check(half, "separable", (g,), inputs, *normal(rng, (40,), (*g.output_shape[:3], 40)), backward=False)
+    inputs, out = separable_inputs(rng, g, 40), (*g.output_shape[:3], 40)
+    check(half, "separable", (g,), inputs, *normal(rng, (40,), out), backward=False)
     assert names(emulated) == ["depthwise_forward", "pointwise_forward"]
 
 
@@ -185,5 +140,5 @@ def test_only_what_is_wanted_is_computed_and_the_same_bits_at_every_call(operati
         names(emulated)
         backward(*before, *inputs, dy, *alone)
         np.testing.assert_array_equal(alone[wanted], gradient)
-        assert len(names(emulated)) <= {"depthwise": 2, "pointwise": 2, "separable": 3}[operation]
+        assert len(names(emulated)) <= {"depthwise": 2, "pointwise": 2, "separable": 5}[operation]
         assert not emulated.memory
