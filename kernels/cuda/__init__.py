@@ -4,6 +4,7 @@ Arrays are C-contiguous and channels-last, of float32, float64, float16 or bfloa
 arrays, which are copied to the card and back, or all on the card (`device_array.DeviceArray`), which are
 used where they are, on their stream. `clamp` is a fused activation: (low, high) bounds of y; NaN passes.
 
+The plain kernels serve every call; FASTSEPCONV_CUDA_TIER=fast asks for others where they can (`settings`, `tiers`).
 Importing this needs numba-cuda. With NUMBA_ENABLE_CUDASIM=1 the plain kernels run in Numba's simulator.
 """
 

@@ -240,7 +240,7 @@ def test_fast_kernels_are_compiled_for_the_least_capability_and_assembled_for_th
     from fastsepconv.kernels.cuda import binaries, fast_kernels, partial_sums, pointwise_tensor, tiles
 
     # Numba asks the card for its capability when it types a device function, and uses it for nothing else.
-    monkeypatch.setattr("numba.cuda.dispatcher.get_current_device", lambda: SimpleNamespace(compute_capability=(8, 0)))
+    monkeypatch.setattr("numba.cuda.dispatcher.get_current_device", lambda: SimpleNamespace(compute_capability=(9, 0)))
     small = tiles.POINTWISE["bfloat16"][2]
     for factory, which in ((partial_sums.add_partials, ("bfloat16",)), (pointwise_tensor.forward, ("bfloat16", small))):
         kernel, _ = fast_kernels.made(factory, *which)
