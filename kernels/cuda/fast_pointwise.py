@@ -39,7 +39,7 @@ def forward(
     stream: Stream,
 ) -> None:
     """Fills y `[rows,F]` from x `[rows,K]`, kernel `[K,F]`, bias `[F]` or None."""
-    which, added = _product(x.element, rows, filters, (channels, filters)), bias or ABSENT
+    which, added = product(x.element, rows, filters, (channels, filters)), bias or ABSENT
     fast_kernels.run(
         pointwise_tensor.forward, which, (rows, filters), stream,
         x.pointer, kernel.pointer, added.pointer, y.pointer, rows, filters, channels, int(bias is not None), *clamp,
@@ -60,7 +60,7 @@ def backward(
 ) -> None:
     """Fills dx, d_kernel and d_bias, each unless None, from dy `[rows,F]`."""
     if dx:
-        which = _product(dy.element, rows, channels, (channels, filters))
+        which = product(dy.element, rows, channels, (channels, filters))
         fast_kernels.run(
             pointwise_tensor.input_gradient, which, (rows, channels), stream,
             dy.pointer, kernel.pointer, dx.pointer, rows, channels, filters,
@@ -74,7 +74,7 @@ def backward(
 def _kernel_gradient(
     rows: int, channels: int, filters: int, x: Operand, dy: Operand, d_kernel: Operand, stream: Stream
 ) -> None:
-    numbers, tile = _product(dy.element, channels, filters, (channels, filters))
+    numbers, tile = product(dy.element, channels, filters, (channels, filters))
     share = tiles.kernel_gradient_share(tile, channels, filters, rows)
     splits, weights = -(-rows // share), channels * filters
     with scratch(splits * weights, "float32", stream) as partials:
@@ -85,7 +85,7 @@ def _kernel_gradient(
         fast_kernels.add_partials(weights, splits, partials, d_kernel, stream)
 
 
-def _product(element: str, rows: int, columns: int, row_lengths: tuple[int, ...]) -> tuple[str, GemmTile]:
+def product(element: str, rows: int, columns: int, row_lengths: tuple[int, ...]) -> tuple[str, GemmTile]:
     """The numbers and the tile that compute a product of `rows` by `columns`.
 
     Raises:

@@ -1,9 +1,10 @@
 """Separable convolution in the fast tier, forward and backward; arguments as in `separable`.
 
-Forward it is one kernel for half numbers, as long as all channels of a block's pixels fit its shared memory; else, and
-backward, the depthwise and the pointwise kernels one after the other. What lies between the two steps, mid
-`[N,P,Q,C*M]` and its gradient, has the data's element, which tensor cores take: half numbers are rounded there as well.
-A depthwise step that has no window in registers is the plain tier's; the pointwise step is always on tensor cores.
+Forward it is one kernel for half numbers, where all channels of a block's pixels fit its shared memory and pixels are
+enough for blocks that take all filters; else, and backward, the depthwise and the pointwise kernels one after the
+other. What lies between the two steps, mid `[N,P,Q,C*M]` and its gradient, has the data's element, which tensor cores
+take: half numbers are rounded there as well. A depthwise step that has no window in registers is the plain tier's; the
+pointwise step is always on tensor cores.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from .launch import Stream
 from .memory import ABSENT, Operand, scratch
 from .tiles import SeparableTile
 
+# What mid's way to memory and back costs a pixel, in products of a pixel and a filter on one multiprocessor: for each
+# channel, 4 bytes at 3.3 TB/s against 2 operations at 60 % of 990 TFLOP/s / 132, the nominal speeds of an H100.
+MID_COST = 2.7
 UNBOUNDED = (float("-inf"), float("inf"))
 
 
@@ -92,12 +96,17 @@ def _depthwise_forward(g: Geometry, x: Operand, kernel: Operand, mid: Operand, s
 
 
 def _fused(g: Geometry, filters: int, element: str, stream: Stream) -> SeparableTile | None:
-    """The tile that computes both steps in one kernel on this card, if there is one."""
+    """The tile that computes both steps in one kernel on this card, if there is one and two kernels cost more."""
     if fast_depthwise.forward_tile(g, element) is None:
         return None
     rows, channels = _sizes(g)
     taps, strides = (g.kernel_height, g.kernel_width), (g.stride_height, g.stride_width)
-    return separable_rows.choose(element, taps, strides, rows, channels, filters, stream.device.shared_limit)
+    tile = separable_rows.choose(element, taps, strides, rows, channels, filters, stream.device.shared_limit)
+    if tile is None:
+        return None
+    fused = tile.gemm.cost(rows, tile.gemm.columns) * -(-filters // tile.gemm.columns)
+    _, product = fast_pointwise.product(element, rows, filters, (channels, filters))
+    return tile if fused <= product.cost(rows, filters) + MID_COST * rows else None
 
 
 def _sizes(g: Geometry) -> tuple[int, int]:

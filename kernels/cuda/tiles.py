@@ -75,6 +75,11 @@ class GemmTile(NamedTuple):
         """Blocks that a result of these sizes takes."""
         return -(-rows // self.rows) * -(-columns // self.columns)
 
+    def cost(self, rows: int, columns: int) -> float:
+        """Elements of a result that the fullest multiprocessor computes in whole rounds of tiles, over their speed."""
+        rounds = -(-self.blocks_of(rows, columns) // REFERENCE_MULTIPROCESSORS)
+        return rounds * self.rows * self.columns / self.speed
+
 
 _WIDE = GemmTile(
     "wide", 128, 128, 2, 2, 4, 2, 16, 1.0,
@@ -129,17 +134,11 @@ def copy_bytes(dtype: str, *row_lengths: int) -> int:
 def pointwise(dtype: str, rows: int, columns: int, row_lengths: tuple[int, ...]) -> GemmTile | None:
     """The tile for a product of `rows` by `columns`, or None where it is the plain tier's.
 
-    `row_lengths` are those of both operands and of the result in memory. The estimate: rounds of tiles that the fullest
-    multiprocessor computes, times the size of a tile, over its speed.
+    `row_lengths` are those of both operands and of the result in memory.
     """
     size = copy_bytes(dtype, *row_lengths)
     fitting = [tile for tile in POINTWISE[dtype] if tile.copy_bytes == size]
-
-    def cost(tile: GemmTile) -> float:
-        rounds = -(-tile.blocks_of(rows, columns) // REFERENCE_MULTIPROCESSORS)
-        return rounds * tile.rows * tile.columns / tile.speed
-
-    return min(fitting, key=cost, default=None)
+    return min(fitting, key=lambda tile: tile.cost(rows, columns), default=None)
 
 
 def kernel_gradient_share(tile: GemmTile, rows: int, columns: int, depth: int) -> int:

@@ -63,8 +63,12 @@ LARGE_SEPARABLE = [
 ]
 
 
+@pytest.mark.parametrize("mid_cost", [0.0, float("inf")], ids=["mid is free", "mid costs all"])
 @pytest.mark.parametrize("case", [*(case[:5] for case in SEPARABLE.values()), *LARGE_SEPARABLE], ids=str)
-def test_separable(numbers, case, ran, rng):
+def test_separable(numbers, case, mid_cost, ran, monkeypatch, rng):
+    from fastsepconv.kernels.cuda import fast_separable
+
+    monkeypatch.setattr(fast_separable, "MID_COST", mid_cost)
     image, taps, multiplier, stride, filters = case
     g = resolve(image, (*taps, image[3], multiplier), (stride, stride), "same", (1, 1))
     out = *g.output_shape[:3], filters

@@ -26,6 +26,8 @@ from tests.kernels.cuda.fast_cases import (
     separable_inputs,
 )
 
+INFINITE = float("inf")
+
 
 @pytest.fixture(params=DTYPES)
 def numbers(request, emulated, monkeypatch) -> str:
@@ -98,7 +100,10 @@ def test_threads_take_several_rows_where_the_card_is_full(numbers, emulated, mon
 
 
 @pytest.mark.parametrize("case", SEPARABLE.values(), ids=SEPARABLE.keys())
-def test_separable(numbers, case, emulated, rng):
+def test_separable(numbers, case, emulated, monkeypatch, rng):
+    from fastsepconv.kernels.cuda import fast_separable
+
+    monkeypatch.setattr(fast_separable, "MID_COST", INFINITE)
     image, taps, multiplier, stride, filters, window = case
     g = resolve(image, (*taps, image[3], multiplier), (stride, stride), "same", (1, 1))
     inputs, out = separable_inputs(rng, g, filters), (*g.output_shape[:3], filters)
@@ -112,9 +117,14 @@ def test_separable(numbers, case, emulated, rng):
     assert not emulated.memory
 
 
+@pytest.mark.parametrize("why", ["shared memory is short", "pixels are few"])
 @pytest.mark.parametrize("half", ["bfloat16", "float16"])
-def test_separable_in_two_kernels_where_shared_memory_is_short(half, emulated, rng):
-    emulated.shared_limit = 48 * 1024
+def test_separable_in_two_kernels(half, why, emulated, monkeypatch, rng):
+    from fastsepconv.kernels.cuda import fast_separable
+
+    if why == "shared memory is short":
+        emulated.shared_limit = 48 * 1024
+        monkeypatch.setattr(fast_separable, "MID_COST", INFINITE)
     g = resolve((1, 6, 9, 136), (3, 3, 136, 1), (1, 1), "same", (1, 1))
     inputs, out = separable_inputs(rng, g, 40), (*g.output_shape[:3], 40)
     check(half, "separable", (g,), inputs, *normal(rng, (40,), out), backward=False)

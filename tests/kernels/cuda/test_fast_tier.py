@@ -109,7 +109,10 @@ def test_arguments_of_a_window_reach_the_driver(card):
     assert values_at(card.parameters, "QQQQ" + "i" * 12 + "ff") == expected
 
 
-def test_a_kernel_asks_for_as_much_shared_memory_as_any_launch_of_it_needs(card):
+def test_a_kernel_asks_for_as_much_shared_memory_as_any_launch_of_it_needs(card, monkeypatch):
+    from fastsepconv.kernels.cuda import fast_separable
+
+    monkeypatch.setattr(fast_separable, "MID_COST", INFINITY)
     asked = []
     for channels in (64, 256, 128, 512, 512):
         g = resolve((1, 4, 5, channels), (3, 3, channels, 1), (1, 1), "same", (1, 1))
@@ -143,6 +146,22 @@ def test_products_that_are_the_plain_kernels(card, ran, call):
     assert ran.pop() == "pointwise_forward[float32,small]"
     pointwise(card, **call)
     assert ran.pop().count(",") == 2
+
+
+@pytest.mark.parametrize(("batch", "size", "channels", "filters", "fused"), [
+    (1, 19, 728, 728, False),
+    (32, 19, 728, 728, True),
+    (128, 19, 728, 728, True),
+    (32, 10, 1024, 1536, False),
+    (128, 10, 1536, 2048, False),
+])  # fmt: skip
+def test_both_steps_are_one_kernel_where_that_costs_less(card, batch, size, channels, filters, fused):
+    from fastsepconv.kernels.cuda import driver, fast_separable
+
+    stream = driver.Stream(STREAM, driver.device(0))
+    g = resolve((batch, size, size, channels), (3, 3, channels, 1), (1, 1), "same", (1, 1))
+    assert (fast_separable._fused(g, filters, "bfloat16", stream) is not None) is fused
+    assert fast_separable._fused(g, filters, "float32", stream) is None
 
 
 PLAIN_WINDOWS = {  # image, taps, multiplier, strides, dilation
