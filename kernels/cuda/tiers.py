@@ -39,35 +39,18 @@ def _later(module: str, name: str) -> Callable[..., Any]:
     return call
 
 
-def _fast(module: str, way: str, serves: str) -> Row:
-    return Row("fast", _later(module, way), _later(module, serves))
+def _rows(module: str, way: str, serves: str, plain: Callable[..., None]) -> tuple[Row, ...]:
+    """The fast tier's `way` in a module, where its `serves` allows, before the plain kernels."""
+    return Row("fast", _later(module, way), _later(module, serves)), Row("plain", plain, _everything)
 
 
 TABLE: dict[str, tuple[Row, ...]] = {
-    "depthwise_forward": (
-        _fast("fast_depthwise", "forward", "serves_forward"),
-        Row("plain", depthwise.forward, _everything),
-    ),
-    "depthwise_backward": (
-        _fast("fast_depthwise", "backward", "serves_backward"),
-        Row("plain", depthwise.backward, _everything),
-    ),
-    "pointwise_forward": (
-        _fast("fast_pointwise", "forward", "serves"),
-        Row("plain", pointwise.forward, _everything),
-    ),
-    "pointwise_backward": (
-        _fast("fast_pointwise", "backward", "serves"),
-        Row("plain", pointwise.backward, _everything),
-    ),
-    "separable_forward": (
-        _fast("fast_separable", "forward", "serves"),
-        Row("plain", separable.forward, _everything),
-    ),
-    "separable_backward": (
-        _fast("fast_separable", "backward", "serves"),
-        Row("plain", separable.backward, _everything),
-    ),
+    "depthwise_forward": _rows("fast_depthwise", "forward", "serves_forward", depthwise.forward),
+    "depthwise_backward": _rows("fast_depthwise", "backward", "serves_backward", depthwise.backward),
+    "pointwise_forward": _rows("fast_pointwise", "forward", "serves", pointwise.forward),
+    "pointwise_backward": _rows("fast_pointwise", "backward", "serves", pointwise.backward),
+    "separable_forward": _rows("fast_separable", "forward", "serves", separable.forward),
+    "separable_backward": _rows("fast_separable", "backward", "serves", separable.backward),
 }
 
 
