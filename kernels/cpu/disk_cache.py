@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import inspect
 import os
 import pickle
@@ -25,7 +24,7 @@ import tempfile
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 
@@ -47,7 +46,6 @@ from .. import cache_folder
 FOLDER_VARIABLE = cache_folder.VARIABLE
 _TILE_VARIABLE = "FASTSEPCONV_TILE"
 _MAGIC = b"fastsepconv kernel 1\n"
-_DIGEST_SIZE = 16
 _FOLDERS_KEPT = 16
 _ABANDONED_AFTER_S = 3600
 _MARK = "#"
@@ -162,12 +160,8 @@ def state() -> dict[str, object]:
 
 
 def _load(file: Path, target_context: BaseContext) -> CompileResult | None:
-    try:
-        content = file.read_bytes()
-    except OSError:
-        return None
-    digest, payload = content[len(_MAGIC) : len(_MAGIC) + _DIGEST_SIZE], content[len(_MAGIC) + _DIGEST_SIZE :]
-    if content.startswith(_MAGIC) and digest == _raw_digest(payload):
+    payload = cache_folder.read(file, _MAGIC)
+    if payload is not None:
         with contextlib.suppress(Exception):  # what pickle and LLVM can raise is open-ended; compiling mends it
             result = CompileResult._rebuild(target_context, *pickle.loads(payload))
             _mark_used(file.parent)
@@ -178,30 +172,13 @@ def _load(file: Path, target_context: BaseContext) -> CompileResult | None:
 
 def _save(file: Path, data: CompileResult) -> None:
     try:
-        payload = dumps(data._reduce())
-        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with _replaced(file) as stream:
-            stream.write(_MAGIC + _raw_digest(payload) + payload)
+        cache_folder.write(file, _MAGIC, dumps(data._reduce()))
         _mark_used(file.parent)
         _tidy(file.parent)
     except OSError as error:
         _warn_once(f"{file.parent.parent}: {error.strerror or error}")
     except Exception as error:  # the kernel is compiled and right, whatever kept it from being written down
         _warn_once(f"{file.name}: {type(error).__name__}: {error}")
-
-
-@contextlib.contextmanager
-def _replaced(file: Path) -> Iterator:
-    """A stream whose content takes the place of `file` at once and whole."""
-    with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".tmp", delete=False) as stream:
-        try:
-            yield stream
-            stream.close()
-            os.replace(stream.name, file)
-        except BaseException:
-            stream.close()
-            _remove(Path(stream.name))
-            raise
 
 
 @functools.lru_cache(maxsize=1)
@@ -323,12 +300,8 @@ def _file_name(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.]", "", name.removeprefix("fastsepconv.kernels."))[:80]
 
 
-def _raw_digest(content: bytes) -> bytes:
-    return hashlib.blake2b(content, digest_size=_DIGEST_SIZE).digest()
-
-
 def _digest(content: bytes) -> str:
-    return _raw_digest(content).hex()
+    return cache_folder.digest(content).hex()
 
 
 # The kernels' modules are imported right after this one: what lies there now is what they are compiled from.

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import importlib.metadata
 import json
 import os
 import platform
 import re
 import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -27,7 +25,6 @@ if TYPE_CHECKING:
     from .launch import Kernel
 
 _MAGIC = b"fastsepconv cuda kernel 1\n"
-_DIGEST_SIZE = 16
 _FOLDERS_KEPT = 8
 _PACKAGES = (
     "numba", "numba-cuda", "llvmlite", "numpy", "cuda-bindings",
@@ -131,25 +128,17 @@ def _file(kernel: Kernel, capability: tuple[int, int]) -> Path | None:
 
 def _read(file: Path) -> Binary | None:
     """What is kept in a file; None where there is none, or where it is not what was written."""
-    try:
-        content = file.read_bytes()
-    except OSError:
-        return None
-    digest, payload = content[len(_MAGIC) : len(_MAGIC) + _DIGEST_SIZE], content[len(_MAGIC) + _DIGEST_SIZE :]
-    if not content.startswith(_MAGIC) or digest != _raw_digest(payload):
+    payload = cache_folder.read(file, _MAGIC)
+    if payload is None:
         return None
     head, _, code = payload.partition(b"\n")
     return Binary(json.loads(head)["entry"], code)
 
 
 def _write(file: Path, binary: Binary) -> None:
-    """Keep a binary: put in place whole. Where that fails, the next process compiles again."""
-    payload = json.dumps({"entry": binary.entry}).encode() + b"\n" + binary.code
+    """Keep a binary. Where that fails, the next process compiles again."""
     with contextlib.suppress(OSError):
-        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".tmp", delete=False) as stream:
-            stream.write(_MAGIC + _raw_digest(payload) + payload)
-        os.replace(stream.name, file)
+        cache_folder.write(file, _MAGIC, json.dumps({"entry": binary.entry}).encode() + b"\n" + binary.code)
         _drop_old_folders(file.parent)
 
 
@@ -163,9 +152,5 @@ def _drop_old_folders(current: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _raw_digest(content: bytes) -> bytes:
-    return hashlib.blake2b(content, digest_size=_DIGEST_SIZE).digest()
-
-
 def _digest(content: bytes) -> str:
-    return _raw_digest(content).hex()
+    return cache_folder.digest(content).hex()

@@ -16,6 +16,7 @@ from pathlib import Path
 import numba
 import pytest
 
+from fastsepconv.kernels import cache_folder
 from fastsepconv.kernels.cpu import disk_cache
 
 MODULE = """
@@ -175,7 +176,7 @@ def test_a_whole_entry_of_something_else_is_compiled_anew(scratch):
     run(scratch)
     payload = b"not a pickle"
     for file in entries(scratch):
-        file.write_bytes(disk_cache._MAGIC + disk_cache._raw_digest(payload) + payload)
+        file.write_bytes(disk_cache._MAGIC + cache_folder.digest(payload) + payload)
     assert run(scratch) == COMPILED
 
 
