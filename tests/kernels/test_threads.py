@@ -5,89 +5,12 @@ The pool is settled once a process, so each case runs in a process of its own.
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import re
-import subprocess
-import sys
-import textwrap
 
 import pytest
 
 from fastsepconv.kernels.cpu import threads, workers
-
-HAS_TBB = importlib.util.find_spec("numba.np.ufunc.tbbpool") is not None and sys.platform == "linux"
-NOISE = "Unable to join threads to shut down before fork()"  # Numba's TBB layer says it on stdout
-NUMBA_LAYERS = ["tbb", "omp", "workqueue"]
-LAYERS = [*(["own"] if workers.available() else []), *NUMBA_LAYERS]
-KERNEL = """
-    import numba, numpy as np, os, sys, threading
-    from numba import types
-    from fastsepconv.kernels.cpu import jit, threads
-    from fastsepconv.kernels.cpu.memory import view
-    from fastsepconv.kernels.cpu.pool import parallel_kernel
-
-    @parallel_kernel
-    def _double(dtype, worker, workers, length, x, y):
-        source, target = view(dtype, x, length), view(dtype, y, length)
-        for i in range(worker, length, workers):
-            target[i] = 2 * source[i]
-
-    @jit.kernel
-    def double(dtype, workers, length, x, y):
-        _double(dtype, workers, length, x, y)
-
-    def right(length=4096):
-        x = np.arange(float(length))
-        y = np.full(length, np.nan)
-        double(np.float64, threads.get_num_threads(), length, x.ctypes.data, y.ctypes.data)
-        return np.array_equal(y, 2 * x)
-"""
-FORK = """
-    import signal
-
-    def outcome_of_child(work):
-        pid = os.fork()
-        if pid == 0:
-            signal.alarm(60)  # a child that hangs dies of it
-            code = 3
-            try:
-                code = work()
-            finally:
-                os._exit(code)
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-"""
-
-
-def on(layer: str) -> dict[str, str]:
-    """The environment in which that pool is taken: the package's own unless the user wants another."""
-    return {} if layer == "own" else {"NUMBA_THREADING_LAYER": layer}
-
-
-def run(code: str, tmp_path, **environment: str) -> subprocess.CompletedProcess:
-    """Run `code` after the kernel `double`, as a file in a process of its own."""
-    script = tmp_path / "script.py"
-    script.write_text("".join(textwrap.dedent(part) for part in (KERNEL, FORK, code)))
-    kept = {
-        k: v for k, v in os.environ.items() if not k.startswith(("NUMBA_", "OMP_", "GOMP_", "KMP_", "FASTSEPCONV_"))
-    }
-    settings = {
-        **kept,
-        "OPENBLAS_NUM_THREADS": "1",
-        "FASTSEPCONV_CACHE_DIR": str(tmp_path / "cache"),
-        "NUMBA_NUM_THREADS": "4",
-        **environment,
-    }
-    command = [sys.executable, "-W", "ignore::DeprecationWarning", str(script)]
-    return subprocess.run(command, env=settings, capture_output=True, text=True, timeout=240, check=False)
-
-
-def output(code: str, tmp_path, **environment: str) -> str:
-    """What `code` prints; it must end well and warn of nothing."""
-    result = run(code, tmp_path, **environment)
-    assert result.returncode == 0, result.stderr
-    assert "Warning" not in result.stderr, result.stderr
-    return "\n".join(line for line in result.stdout.splitlines() if line and not line.startswith(NOISE))
+from tests.kernels.thread_scripts import HAS_TBB, LAYERS, NUMBA_LAYERS, on, output, run
 
 
 @pytest.mark.skipif(not workers.available(), reason="the package's own pool is for Linux")
@@ -155,59 +78,6 @@ def test_idle_threads_sleep(tmp_path, layer):
     assert output(code, tmp_path, **on(layer)) == "True False"
 
 
-OWN_POOL = pytest.mark.skipif(not workers.available(), reason="the package's own pool is for Linux")
-
-
-WORKERS = """
-    def others():
-        return [int(task) for task in os.listdir("/proc/self/task") if int(task) != threading.get_native_id()]
-
-    before = set(others())
-    right()
-    workers = [task for task in others() if task not in before]
-    allowed = os.sched_getaffinity(0)
-    where = lambda: {frozenset(os.sched_getaffinity(task)) for task in workers}
-"""
-A_THREAD_A_CPU = {"NUMBA_NUM_THREADS": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)}
-
-
-@OWN_POOL
-def test_workers_keep_off_their_callers_cpu(tmp_path):
-    code = """
-        for cpu in sorted(allowed)[:2]:
-            os.sched_setaffinity(0, {cpu})
-            right()
-            kept_off = 1 < len(allowed) and len(workers) <= threads.workers.MOST_KEPT_OFF
-            print(where() == ({frozenset(allowed - {cpu})} if kept_off else {frozenset(allowed)} if workers else set()))
-    """
-    found = output(textwrap.dedent(WORKERS) + textwrap.dedent(code), tmp_path, **A_THREAD_A_CPU)
-    assert set(found.splitlines()) == {"True"}
-
-
-@OWN_POOL
-@pytest.mark.parametrize("count", [{"NUMBA_NUM_THREADS": "4"}, A_THREAD_A_CPU])
-def test_workers_stay_where_somebody_else_put_them(tmp_path, count):
-    code = """
-        first = sorted(allowed)[0]
-        for task in workers:
-            os.sched_setaffinity(task, {first})
-        for cpu in sorted(allowed)[:3] * 2:
-            os.sched_setaffinity(0, {cpu})
-            assert right()
-        print(where() <= {frozenset({first})})
-    """
-    assert output(textwrap.dedent(WORKERS) + textwrap.dedent(code), tmp_path, **count) == "True"
-
-
-@OWN_POOL
-def test_a_start_that_was_interrupted_goes_on(tmp_path):
-    code = """
-        threads.workers.start(1)
-        print(threads._cells[threads.RUN], right(), len(threads.workers._members))
-    """
-    assert output(code, tmp_path) == "0 True 3"
-
-
 def test_what_shares_call_by_address_is_compiled_before_they_run(tmp_path):
     """Within a share it would be too late to raise."""
     code = """
@@ -225,65 +95,6 @@ def test_what_shares_call_by_address_is_compiled_before_they_run(tmp_path):
             print("could not be compiled" in str(error))
     """
     assert output(code, tmp_path) == "True"
-
-
-@OWN_POOL
-def test_more_callers_than_the_pool_has_jobs(tmp_path):
-    code = """
-        outcomes = []
-        work = lambda: outcomes.extend(right() for _ in range(40))
-        callers = [threading.Thread(target=work) for _ in range(2 * threads.workers.JOBS)]
-        [c.start() for c in callers]
-        [c.join() for c in callers]
-        print(len(outcomes) == 40 * len(callers), all(outcomes))
-    """
-    assert output(code, tmp_path) == "True True"
-
-
-@OWN_POOL
-def test_no_more_workers_help_than_were_asked_for(tmp_path):
-    code = """
-        import time
-        from fastsepconv.kernels.cpu import atomics
-        from fastsepconv.kernels.cpu.workers import _monotonic_ns
-
-        @parallel_kernel
-        def _meet(dtype, worker, workers, meeting, most):
-            present = atomics.add(meeting, 1) + 1
-            seen = atomics.load(most)
-            while present > seen and not atomics.replace(most, seen, present):
-                seen = atomics.load(most)
-            until = _monotonic_ns() + 20_000_000
-            while _monotonic_ns() < until:
-                pass
-            atomics.add(meeting, -1)
-
-        @jit.kernel
-        def meet(dtype, meeting, most):
-            _meet(dtype, 12, meeting, most)
-
-        for count in (1, 2, 3, 4):
-            threads.set_num_threads(count)
-            words = np.zeros(2, np.int64)
-            meet(np.float64, words.ctypes.data, words.ctypes.data + 8)
-            print(words[1] == count)
-    """
-    assert output(code, tmp_path) == "True\n" * 3 + "True"
-
-
-@OWN_POOL
-@pytest.mark.parametrize("end", ["", "raise SystemExit(0)"])
-def test_the_process_ends_while_another_thread_computes(tmp_path, end):
-    code = f"""
-        import time
-        threading.Thread(target=lambda: [right(1 << 20) for _ in range(10**6)], daemon=True).start()
-        right()
-        time.sleep(0.2)
-        print("done", flush=True)
-        {end}
-    """
-    for _ in range(3):
-        assert output(code, tmp_path) == "done"
 
 
 @pytest.mark.parametrize("layer", LAYERS)
