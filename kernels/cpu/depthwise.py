@@ -17,7 +17,7 @@ import numpy as np
 
 from .depthwise_line import inside, line_span
 from .depthwise_tiles import SLIDING_TAPS, correlate_row, correlate_tile
-from .jit import kernel
+from .jit import entry, kernel
 from .memory import address, ceil_div, keep, share, view
 from .multiplier import repeat_channels, single, sum_repeated
 from .pointwise import add_groups, column_sums
@@ -271,7 +271,7 @@ def kernel_gradient(dtype, g, x, dy, d_kernel, accumulate, threads):
     give(sums)
 
 
-@kernel
+@entry
 def forward(dtype, g, x, kernel, bias, y, low, high, threads):
     """Fills y `[N,P,Q,C*M]`. bias may be 0 (absent)."""
     if g.multiplier == 1:
@@ -292,7 +292,7 @@ def _backward_single(dtype, g, x, kernel, dy, d_x, d_kernel, d_bias, threads):
         column_sums(dtype, g.batch * g.out_height * g.out_width, g.channels, dy, d_bias, threads)
 
 
-@kernel
+@entry
 def backward(dtype, g, x, kernel, dy, d_x, d_kernel, d_bias, threads):
     """Fills d_x, d_kernel and d_bias for dy `[N,P,Q,C*M]`, each where its address is not 0."""
     if g.multiplier == 1:

@@ -30,7 +30,7 @@ from .gemm import (
     work,
 )
 from .gemm_tile import gemm_columns, gemm_tile
-from .jit import kernel
+from .jit import entry, kernel
 from .memory import address, ceil_div, copy, fence, keep, share, view
 from .packing import pack_panel, pack_strip, strip_width
 from .pool import compiled_once, parallel_kernel
@@ -97,7 +97,7 @@ def multiply(dtype, rows, depth, filters, x, kernel, row_stride, column_stride, 
     require(lacking)
 
 
-@kernel
+@entry
 def forward(dtype, rows, depth, filters, x, kernel, bias, y, low, high, threads):
     """Fills y. bias may be 0 (absent)."""
     multiply(dtype, rows, depth, filters, x, kernel, filters, 1, bias, y, low, high, threads)
@@ -228,7 +228,7 @@ def column_sums(dtype, rows, columns, x, total, threads):
     keep(ones)
 
 
-@kernel
+@entry
 def backward(dtype, rows, depth, filters, x, kernel, dy, d_x, d_kernel, d_bias, threads):
     """Fills d_x, d_kernel and d_bias, each where its address is not 0."""
     if d_x != 0:

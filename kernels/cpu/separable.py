@@ -19,7 +19,7 @@ from . import depthwise as dw
 from . import gemm
 from . import pointwise as pw
 from .gemm import TILE_ROWS
-from .jit import kernel
+from .jit import entry, kernel
 from .memory import address, fence, keep
 from .multiplier import repeat_channels, single, sum_repeated
 from .pool import parallel_kernel
@@ -74,7 +74,7 @@ def _forward_single(dtype, g, filters, x, depthwise, pointwise, bias, y, low, hi
     require(lacking)
 
 
-@kernel
+@entry
 def forward(dtype, g, filters, x, depthwise, pointwise, bias, y, low, high, threads):
     """Fills y `[N,P,Q,F]`. bias may be 0 (absent)."""
     if g.multiplier == 1:
@@ -122,7 +122,7 @@ def _backward_single(dtype, g, filters, x, depthwise, pointwise, dy, d_x, d_dept
     give(mid)
 
 
-@kernel
+@entry
 def backward(dtype, g, filters, x, depthwise, pointwise, dy, d_x, d_depthwise, d_pointwise, d_bias, threads):
     """Fills d_x, d_depthwise, d_pointwise and d_bias for dy `[N,P,Q,F]`, each where its address is not 0."""
     if g.multiplier == 1:
