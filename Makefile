@@ -4,7 +4,7 @@
 #   ARGS=...    passed on, e.g. make test ARGS="tests/kernels -x"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-torch test-cuda bench bench-cuda lint format clean
+.PHONY: help demo test test-torch test-cuda12 test-cuda bench bench-cuda lint format clean
 .SILENT:
 
 BIN := .venv/bin
@@ -13,7 +13,7 @@ TORCH ?= torch
 setup = PYTHON='$(PYTHON)' sh scripts/setup.sh
 
 help: ## this list
-	awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 demo: ## set up, then train Xception on real images and show that it equals Keras
 	$(setup) tensorflow,demo
@@ -26,6 +26,10 @@ test: ## set up, then run the tests
 test-torch: ## set up .venv-torch, without TensorFlow, then run the tests of Keras on PyTorch
 	$(setup) torch,demo test .venv-torch '$(TORCH)'
 	OMP_WAIT_POLICY=passive KERAS_BACKEND=torch .venv-torch/bin/pytest $(or $(ARGS),tests/bridge/test_torch_*.py)
+
+test-cuda12: ## set up .venv-cuda12, then compile and assemble the CUDA kernels with CUDA 12, without a card
+	$(setup) cuda12 cuda12 .venv-cuda12
+	.venv-cuda12/bin/pytest $(or $(ARGS),tests/kernels/cuda/test_*assembly.py)
 
 test-cuda: ## on a machine with a card: test the CUDA kernels with PYTHON (python3) as it is, setting nothing up
 	$(or $(PYTHON),python3) scripts/on_card.py test $(ARGS)
@@ -48,6 +52,6 @@ format: ## set up, then put the sources into their form
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 
-clean: ## remove both environments and what the tools left behind
-	rm -rf .venv .venv-torch build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache .benchmarks *.egg-info
+clean: ## remove the environments and what the tools left behind
+	rm -rf .venv .venv-torch .venv-cuda12 build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache .benchmarks *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

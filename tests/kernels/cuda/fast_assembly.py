@@ -1,12 +1,14 @@
 """What every kernel of the fast tier assembles to, for each tile of the tables, in fast_assembly.json.
 
 `python -m tests.kernels.cuda.fast_assembly` rewrites the file, in some minutes; with names of kernels it prints their
-rows instead. It needs numba-cuda and NVIDIA's assembler from its wheel (cuda-toolkit[nvcc]), and no card.
+rows instead. It needs numba-cuda and NVIDIA's assembler (cuda-toolkit[nvcc]), and no card. The rows are those of each
+toolkit that the file names: run it with CUDA 12 (.venv-cuda12, from `make test-cuda12`) and with CUDA 13.
 """
 
 from __future__ import annotations
 
 import ast
+import contextlib
 import hashlib
 import importlib.metadata
 import inspect
@@ -33,8 +35,11 @@ from fastsepconv.kernels.cuda import (
     separable_rows,
     tiles,
 )
+from tests.kernels.cuda.assembly import assembler
 
 TABLE = Path(__file__).with_name("fast_assembly.json")
+TOOLKITS = ("cuda12", "cuda13")
+TOOLS = ("numba-cuda", "llvmlite", "nvidia-cuda-nvcc", "nvidia-nvvm", "nvidia-cuda-nvcc-cu12")
 CAPABILITIES = ("sm_80", "sm_90")
 INSTRUCTIONS = {
     "products": r"mma\.sync",
@@ -78,13 +83,10 @@ def compiled(kernel: tiles.TiledKernel) -> str:
 
 def assemble(text: str, capability: str) -> dict[str, int]:
     """Registers, and bytes of stack, of spills and of static shared memory, as ptxas tells them."""
-    import nvidia
-
-    assembler = next(path for place in nvidia.__path__ for path in sorted(Path(place).glob("*/bin/ptxas*")))
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "kernel.ptx")
         source.write_text(text)
-        command = [str(assembler), "-v", f"-arch={capability}", str(source), "-o", f"{folder}/out"]
+        command = [assembler(), "-v", f"-arch={capability}", str(source), "-o", f"{folder}/out"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     told = done.stdout + done.stderr
     if done.returncode:
@@ -101,11 +103,18 @@ def assemble(text: str, capability: str) -> dict[str, int]:
     }
 
 
+def toolkit() -> str:
+    """Which of the toolkits is installed: the wheels of one exclude those of another."""
+    return "cuda" + importlib.metadata.version("cuda-bindings").partition(".")[0]
+
+
 def versions() -> dict[str, str]:
     """What the numbers depend on besides the kernels."""
-    names = ("numba-cuda", "llvmlite", "nvidia-cuda-nvcc", "nvidia-nvvm")
-    python = "{}.{}".format(*sys.version_info)
-    return {"python": python, **{name: importlib.metadata.version(name) for name in names}}
+    found = {"python": "{}.{}".format(*sys.version_info)}
+    for name in TOOLS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def sources() -> str:
@@ -142,8 +151,11 @@ def main() -> None:
     if names:
         print(json.dumps(found))
         return
+    kept, digest = json.loads(TABLE.read_text()), sources()
+    same = kept["sources"] == digest and kept["kernels"] == found
+    tools = dict(sorted(((kept["versions"] if same else {}) | {toolkit(): versions()}).items()))
     rows = ",\n".join(f"    {json.dumps(name)}: {json.dumps(row)}" for name, row in found.items())
-    head = f'"versions": {json.dumps(versions())},\n  "sources": {json.dumps(sources())}'
+    head = f'"versions": {json.dumps(tools)},\n  "sources": {json.dumps(digest)}'
     TABLE.write_text(f'{{\n  {head},\n  "kernels": {{\n{rows}\n  }}\n}}\n')
 
 
