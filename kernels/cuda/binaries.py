@@ -49,7 +49,7 @@ def get(kernel: Kernel, capability: tuple[int, int]) -> Binary:
         counts["loaded"] += 1
         return kept
     counts["compiled"] += 1
-    made = assembled(ptx(kernel, capability), capability)
+    made = assembled(ptx(kernel, capability), target(kernel, capability))
     if file:
         _write(file, made)
     return made
@@ -57,11 +57,18 @@ def get(kernel: Kernel, capability: tuple[int, int]) -> Binary:
 
 def ptx(kernel: Kernel, capability: tuple[int, int]) -> str:
     """The kernel as PTX for this capability, of older instructions if it keeps to those."""
-    capability = kernel.instructions or capability
     signature = types.void(*kernel.parameters)
     bounds = {} if kernel.launch_bounds is None else {"launch_bounds": kernel.launch_bounds}
-    text, _ = cuda.compile(kernel.function, signature, device=False, abi="numba", cc=capability, **bounds)
+    text, _ = cuda.compile(
+        kernel.function, signature, device=False, abi="numba", cc=kernel.instructions or capability, **bounds
+    )
     return text
+
+
+def target(kernel: Kernel, capability: tuple[int, int]) -> str:
+    """What the kernel's PTX is assembled for: the card, by the name of its own instructions where it uses them."""
+    own = kernel.instructions if kernel.instructions and len(kernel.instructions) == 3 else capability
+    return "sm_" + "".join(map(str, own))
 
 
 def entry_of(text: str) -> str:
@@ -70,7 +77,7 @@ def entry_of(text: str) -> str:
     return name
 
 
-def assembled(text: str, capability: tuple[int, int]) -> Binary:
+def assembled(text: str, target: str) -> Binary:
     """PTX as machine code; as it is, for the driver to assemble, where NVIDIA's linker is not installed."""
     entry = entry_of(text)
     try:
@@ -79,7 +86,7 @@ def assembled(text: str, capability: tuple[int, int]) -> Binary:
         nvjitlink.version()
     except (ImportError, RuntimeError):
         return Binary(entry, text.encode() + b"\0")
-    link = nvjitlink.create(1, ["-arch=sm_{}{}".format(*capability)])
+    link = nvjitlink.create(1, [f"-arch={target}"])
     try:
         code = text.encode()
         nvjitlink.add_data(link, nvjitlink.InputType.PTX, code, len(code), "kernel")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from ..nvidia import LEAST_CAPABILITY
 from . import partial_sums
 from .launch import Kernel, Stream, made_once
 from .memory import Operand
@@ -26,14 +25,14 @@ class Made(NamedTuple):
 
 @made_once
 def made(factory: Callable[..., TiledKernel], dtype: str, *tile: Any) -> Made:
-    """The kernel that `factory(dtype, *tile)` describes; it keeps to the instructions of the oldest cards."""
+    """The kernel that `factory(dtype, *tile)` describes, of the instructions that its tile names."""
     tiled = factory(dtype, *tile)
     kernel = Kernel(
         tiled.function,
         (dtype, *(part.name for part in tile)),
         tiled.signature.args,
         launch_bounds=tiled.launch_bounds,
-        instructions=LEAST_CAPABILITY,
+        instructions=tiled.architecture,
     )
     return Made(kernel, tiled.launch)
 

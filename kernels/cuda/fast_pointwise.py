@@ -1,11 +1,13 @@
 """Pointwise convolution in the fast tier, forward and backward, on tensor cores; arguments as in `pointwise`.
 
 float32 is computed as three TF32 products, or as one where FASTSEPCONV_TF32=1 asks for it. The former make NaN of an
-infinity in x or the kernel, where the plain kernels give an infinity.
+infinity in x or the kernel, where the plain kernels give an infinity. Half numbers take Hopper's warpgroups on cards of
+compute capability 9.0, where that costs less.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -39,7 +41,7 @@ def forward(
     stream: Stream,
 ) -> None:
     """Fills y `[rows,F]` from x `[rows,K]`, kernel `[K,F]`, bias `[F]` or None."""
-    which, added = product(x.element, rows, filters, (channels, filters)), bias or ABSENT
+    which, added = product(x.element, rows, filters, (channels, filters), stream), bias or ABSENT
     fast_kernels.run(
         pointwise_tensor.forward, which, (rows, filters), stream,
         x.pointer, kernel.pointer, added.pointer, y.pointer, rows, filters, channels, int(bias is not None), *clamp,
@@ -60,7 +62,7 @@ def backward(
 ) -> None:
     """Fills dx, d_kernel and d_bias, each unless None, from dy `[rows,F]`."""
     if dx:
-        which = product(dy.element, rows, channels, (channels, filters))
+        which = product(dy.element, rows, channels, (channels, filters), stream)
         fast_kernels.run(
             pointwise_tensor.input_gradient, which, (rows, channels), stream,
             dy.pointer, kernel.pointer, dx.pointer, rows, channels, filters,
@@ -74,7 +76,8 @@ def backward(
 def _kernel_gradient(
     rows: int, channels: int, filters: int, x: Operand, dy: Operand, d_kernel: Operand, stream: Stream
 ) -> None:
-    numbers, tile = product(dy.element, channels, filters, (channels, filters))
+    capability = stream.device.capability
+    numbers, tile = _chosen(dy.element, lambda one: tiles.kernel_gradient(one, channels, filters, rows, capability))
     share = tiles.kernel_gradient_share(tile, channels, filters, rows)
     splits, weights = -(-rows // share), channels * filters
     with scratch(splits * weights, "float32", stream) as partials:
@@ -85,15 +88,23 @@ def _kernel_gradient(
         fast_kernels.add_partials(weights, splits, partials, d_kernel, stream)
 
 
-def product(element: str, rows: int, columns: int, row_lengths: tuple[int, ...]) -> tuple[str, GemmTile]:
-    """The numbers and the tile that compute a product of `rows` by `columns`.
+def product(
+    element: str, rows: int, columns: int, row_lengths: tuple[int, ...], stream: Stream
+) -> tuple[str, GemmTile]:
+    """The numbers and the tile that compute a product of `rows` by `columns` on the stream's card."""
+    capability = stream.device.capability
+    return _chosen(element, lambda numbers: tiles.pointwise(numbers, rows, columns, row_lengths, capability))
+
+
+def _chosen(element: str, choose: Callable[[str], GemmTile | None]) -> tuple[str, GemmTile]:
+    """What arrays of an element are multiplied as, and the tile that is chosen for it.
 
     Raises:
         ValueError: there is no tile, since `fits` was not asked.
     """
     wanted = ("tf32", element) if element == "float32" and settings.tf32() else (element,)
     for numbers in wanted:
-        tile = tiles.pointwise(numbers, rows, columns, row_lengths)
+        tile = choose(numbers)
         if tile:
             return numbers, tile
-    raise ValueError(f"No tile takes rows of {row_lengths} elements of {element}.")
+    raise ValueError(f"No tile takes these rows of {element}.")

@@ -105,7 +105,7 @@ def _fused(g: Geometry, filters: int, element: str, stream: Stream) -> Separable
     if tile is None:
         return None
     fused = tile.gemm.cost(rows, tile.gemm.columns) * -(-filters // tile.gemm.columns)
-    _, product = fast_pointwise.product(element, rows, filters, (channels, filters))
+    _, product = fast_pointwise.product(element, rows, filters, (channels, filters), stream)
     return tile if fused <= product.cost(rows, filters) + MID_COST * rows else None
 
 

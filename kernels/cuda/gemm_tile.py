@@ -273,23 +273,26 @@ def storer(itemsize: int, kind: str, row_tiles: int, column_tiles: int, store_by
 @cache
 def finisher(numbers: Numbers, row_tiles: int, column_tiles: int):
     """finish(sums, bias, has_bias, column, columns, low, high): sums = clamp(sums + bias)."""
-    itemsize, kind = numbers.itemsize, numbers.name
-    value_of = ptx.low_bf16 if kind == "bfloat16" else ptx.low_f16 if kind == "float16" else ptx.float_of
+    halves = numbers.itemsize == 2
+    low_of, high_of = (ptx.low_bf16, ptx.high_bf16) if numbers.name == "bfloat16" else (ptx.low_f16, ptx.high_f16)
 
     @inlined
     def finish(sums, bias, has_bias, column, columns, low, high):
         lane = cuda.threadIdx.x & 31
+        added = cuda.local.array(2, types.float32)
         for j in range(column_tiles):
+            c = column + 8 * j + fragments.sum_column(lane, 0)
+            wanted = (c < columns) & (has_bias != 0)
+            if halves:  # rows of them are even, so that neighbours are inside or outside together
+                both = ptx.load_global_32(wanted, bias, c)
+                added[0], added[1] = low_of(both), high_of(both)
+            else:
+                added[0] = ptx.float_of(ptx.load_global_32(wanted, bias, c))
+                added[1] = ptx.float_of(ptx.load_global_32(wanted & (c + 1 < columns), bias, c + 1))
             for side in range(2):
-                c = column + 8 * j + fragments.sum_column(lane, side)
-                wanted = (c < columns) & (has_bias != 0)
-                if itemsize == 4:
-                    added = value_of(ptx.load_global_32(wanted, bias, c))
-                else:
-                    added = value_of(ptx.load_global_16(wanted, bias, c))
                 for i in range(row_tiles):
                     for half in range(2):
                         k = 4 * (i * column_tiles + j) + 2 * half + side
-                        sums[k] = between(sums[k] + added, low, high)
+                        sums[k] = between(sums[k] + added[side], low, high)
 
     return finish

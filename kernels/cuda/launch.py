@@ -61,7 +61,7 @@ class Kernel:
         parameters: tuple[types.Type, ...],
         *,
         launch_bounds: int | tuple[int, ...] | None = None,
-        instructions: tuple[int, int] | None = None,
+        instructions: tuple[int, int] | tuple[int, int, str] | None = None,
     ) -> None:
         """The kernel `function` for arrays of these `elements`, by which its name tells it apart from its sisters.
 
@@ -69,7 +69,8 @@ class Kernel:
             elements: names of elements; of a kernel with a tile, that of the tile behind them.
             parameters: the types of the function's parameters, in their order.
             launch_bounds: the most threads of a block, or that and the least blocks of a multiprocessor.
-            instructions: the capability whose instructions its PTX holds, on all cards; None: those of the card.
+            instructions: the capability whose instructions its PTX holds, on all cards; with a letter, such as
+                (9, 0, "a"), on cards of that capability alone; None: those of the card.
         """
         self.function = function
         self.name = f"{function.__name__}[{','.join(elements)}]"

@@ -7,6 +7,7 @@
 A block computes one tile of the result: for each stage of the depth a piece of A and one of B are copied to shared
 memory by cp.async, several stages ahead; warps take their fragments from there, those of the next step while the
 present one multiplies. Sums are float32. Loops, from the outside in: stages, steps, row fragments, column fragments.
+The tiles of Hopper's warpgroups have another accumulation, `warpgroup_tile`, and the same ends.
 
 Source: the multistage pipeline of CUTLASS 2.
 """
@@ -18,18 +19,20 @@ from functools import cache
 import numpy as np
 from numba import cuda, types
 
-from . import gemm_tile, ptx
+from . import gemm_tile, ptx, warpgroup_tile
 from .fragments import inlined, spread_bytes
 from .gemm_tile import NUMBERS, operand_layout
-from .tiles import GemmTile, Launch, TiledKernel
+from .tiles import HOPPER, GemmTile, Launch, TiledKernel
 
 
 def shared_bytes(dtype: str, tile: GemmTile, a_deep: bool, b_deep: bool, out_itemsize: int) -> int:
     """Dynamic shared memory of a block: the stages, or the warps' rooms for results, whichever is larger."""
+    rooms = tile.threads // 32 * 16 * spread_bytes(tile.columns // tile.warp_columns, out_itemsize)
+    if tile.architecture == HOPPER:
+        return max(warpgroup_tile.shared_bytes(tile, a_deep, b_deep), rooms)
     numbers = NUMBERS[dtype]
     stage = operand_layout(numbers, a_deep, tile.rows).bytes + operand_layout(numbers, b_deep, tile.columns).bytes
-    room = 16 * spread_bytes(tile.columns // tile.warp_columns, out_itemsize)
-    return max(tile.stages * stage, tile.threads // 32 * room)
+    return max(tile.stages * stage, rooms)
 
 
 def _accumulator(dtype: str, tile: GemmTile, a_deep: bool, b_deep: bool):
@@ -38,6 +41,8 @@ def _accumulator(dtype: str, tile: GemmTile, a_deep: bool, b_deep: bool):
     sums += A[row:, depth:last] . B[depth:last, column:] for this warp's part of the block's tile.
     """
     numbers = NUMBERS[dtype]
+    if tile.architecture == HOPPER:
+        return warpgroup_tile.accumulator(numbers, tile, a_deep, b_deep)
     a_layout = operand_layout(numbers, a_deep, tile.rows)
     b_layout = operand_layout(numbers, b_deep, tile.columns)
     row_tiles, column_tiles, warp_columns = tile.row_tiles, tile.column_tiles, tile.warp_columns
@@ -165,7 +170,7 @@ def forward(dtype: str, tile: GemmTile) -> TiledKernel:
 
     pointer = numbers.pointer
     signature = types.void(*[pointer] * 4, *[types.int32] * 4, *[types.float32] * 2)
-    return TiledKernel(pointwise_forward, signature, (tile.threads, tile.blocks), launch)
+    return TiledKernel(pointwise_forward, signature, (tile.threads, tile.blocks), launch, tile.architecture)
 
 
 @cache
@@ -195,7 +200,7 @@ def input_gradient(dtype: str, tile: GemmTile) -> TiledKernel:
         return Launch((tile.blocks_of(rows, columns), 1, 1), tile.threads, size)
 
     signature = types.void(*[numbers.pointer] * 3, *[types.int32] * 3)
-    return TiledKernel(pointwise_input_gradient, signature, (tile.threads, tile.blocks), launch)
+    return TiledKernel(pointwise_input_gradient, signature, (tile.threads, tile.blocks), launch, tile.architecture)
 
 
 @cache
@@ -229,4 +234,4 @@ def kernel_gradient(dtype: str, tile: GemmTile) -> TiledKernel:
         return Launch((tile.blocks_of(rows, columns), -(-depth // share), 1), tile.threads, size)
 
     signature = types.void(*[numbers.pointer] * 2, types.CPointer(types.float32), *[types.int32] * 4)
-    return TiledKernel(pointwise_kernel_gradient, signature, (tile.threads, tile.blocks), launch)
+    return TiledKernel(pointwise_kernel_gradient, signature, (tile.threads, tile.blocks), launch, tile.architecture)

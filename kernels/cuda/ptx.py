@@ -5,11 +5,12 @@ an offset in elements. `wanted` predicates an access: a lane where it is false t
 zeros. `registers, i` names consecutive elements of a local array, which the compiler keeps in registers as long as
 `i` is a constant after unrolling; 16-bit elements stand two in an unsigned 32-bit register, the first one low.
 
-Source: PTX ISA, the sections on mma, ldmatrix, cp.async and cvt.
+Source: PTX ISA, the sections on mma, wgmma, ldmatrix, cp.async and cvt.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from inspect import Parameter, Signature
 
 from llvmlite import ir
@@ -17,8 +18,8 @@ from numba import types
 from numba.cuda import cgutils
 from numba.cuda.extending import intrinsic
 
-_I16, _I32, _I64, _F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
-_LETTERS = {_I16: "h", _I32: "r", _I64: "l", _F32: "f"}
+_I32, _I64, _F32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
+_LETTERS = {_I32: "r", _I64: "l", _F32: "f"}
 _SHARED = 3  # the address space
 
 
@@ -39,6 +40,13 @@ class Integer(Operand):
         if value.type.width > 32:
             value = builder.trunc(value, _I32)
         return [builder.zext(value, _I32) if value.type.width < 32 else value]
+
+
+class Wide(Operand):
+    """An integer of 64 bits."""
+
+    def values(self, context, builder, argument_types, arguments):
+        return [arguments[0]]
 
 
 class Float(Operand):
@@ -80,9 +88,10 @@ class Registers(Operand):
         return [builder.load(pointer) for pointer in self.pointers(context, builder, argument_types, arguments)]
 
 
-def _call(builder, text: str, outputs: list, operands: list, effect: bool) -> list:
-    """Emits one piece of inline assembly and gives its outputs."""
+def _call(builder, text: str, outputs: list, operands: list, effect: bool, tied: int = 0) -> list:
+    """Emits one piece of inline assembly and gives its outputs; the last `tied` operands are their registers before."""
     letters = ["=" + _LETTERS[output] for output in outputs] + [_LETTERS[operand.type] for operand in operands]
+    letters = letters[: len(letters) - tied] + [str(i) for i in range(tied)]
     result = ir.LiteralStructType(outputs) if len(outputs) > 1 else outputs[0] if outputs else ir.VoidType()
     function = ir.FunctionType(result, [operand.type for operand in operands])
     constraints = ",".join(letters + ["~{memory}"] * effect)
@@ -121,8 +130,10 @@ def _instruction(text: str, *kinds: Operand, result=None, effect: bool = False):
     return _intrinsic(instruction, sum(kind.takes for kind in kinds))
 
 
-def _filling(text: str, target: Registers, *kinds: Operand, update: bool = False, effect: bool = False):
-    """An instruction that fills registers, and reads them first if it updates them."""
+def _filling(
+    text: str, target: Registers, *kinds: Operand, update: bool = False, tied: bool = False, effect: bool = False
+):
+    """An instruction that fills registers, and reads them first if it updates them; in the same ones if `tied`."""
 
     def instruction(typing_context, *arguments):
         def codegen(context, builder, signature, values):
@@ -131,7 +142,8 @@ def _filling(text: str, target: Registers, *kinds: Operand, update: bool = False
             if update:
                 operands += [builder.load(pointer) for pointer in pointers]
             outputs = [context.get_data_type(signature.args[0].dtype)] * target.count
-            for value, pointer in zip(_call(builder, text, outputs, operands, effect), pointers, strict=True):
+            values = _call(builder, text, outputs, operands, effect, target.count if tied else 0)
+            for value, pointer in zip(values, pointers, strict=True):
                 builder.store(value, pointer)
             return context.get_dummy_value()
 
@@ -212,6 +224,37 @@ multiply_tf32 = _multiply("m16n8k8", "tf32")
 multiply_bf16 = _multiply("m16n8k16", "bf16")
 multiply_f16 = _multiply("m16n8k16", "f16")
 
+
+@cache
+def multiply_by_warpgroup(kind: str, columns: int, a_wide: bool, b_wide: bool):
+    """(sums, i, a, b): 64 rows by `columns` of sums += a.b, 16 deep, of the four warps that execute it together.
+
+    a and b are descriptors of matrices in shared memory, which are read, as the sums are, until `wait_products` says
+    so. `wide` ones have the rows of A or the columns of B side by side, others the depth. For sm_90a alone.
+    """
+    sums = Registers(columns // 2)
+    targets = ", ".join(f"${i}" for i in range(sums.count))
+    text = (
+        f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{kind}.{kind} {{{targets}}}, "
+        f"${sums.count}, ${sums.count + 1}, 1, 1, 1, {int(a_wide)}, {int(b_wide)};"
+    )
+    return _filling(text, sums, Wide(), Wide(), update=True, tied=True, effect=True)
+
+
+@cache
+def wait_products(count: int):
+    """(sums, i): waits for all of this warpgroup's products, so that `count` sums can be read."""
+    return _filling("wgmma.wait_group.sync.aligned 0;", Registers(count), update=True, tied=True, effect=True)
+
+
+# Before the first product, and after sums were written by others: orders them. Then products become one group.
+fence_products = _instruction("wgmma.fence.sync.aligned;", effect=True)
+commit_products = _instruction("wgmma.commit_group.sync.aligned;", effect=True)
+wait_all_products_but_one_group = _instruction("wgmma.wait_group.sync.aligned 1;", effect=True)
+
+# What this thread wrote or copied to shared memory can be read by products, after a barrier.
+fence_shared = _instruction("fence.proxy.async.shared::cta;", effect=True)
+
 # (shared) -> 32 bits, (registers, i, shared), (shared, value), (wanted, shared, registers, i)
 load_shared_32 = _instruction("ld.shared.b32 $0, [$1];", Integer(), result=types.uint32, effect=True)
 load_shared_128 = _filling("ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", Registers(4), Integer(), effect=True)
@@ -235,7 +278,7 @@ def _store_global(count: int):
     return _instruction(text, Integer(), Address(), Registers(count), effect=True)
 
 
-# (registers, i, wanted, pointer, offset): 16 or 8 bytes; and (wanted, pointer, offset) -> 32 or 16 bits.
+# (registers, i, wanted, pointer, offset): 16 or 8 bytes; and (wanted, pointer, offset) -> 32 bits.
 # What is loaded so does not change while the kernel runs.
 load_global_128 = _load_global(4)
 load_global_64 = _load_global(2)
@@ -244,13 +287,6 @@ load_global_32 = _instruction(
     Integer(),
     Address(),
     result=types.uint32,
-    effect=True,
-)
-load_global_16 = _instruction(
-    _if_wanted("$1", "ld.global.nc.b16 $0, [$2];", "mov.b16 $0, 0;"),
-    Integer(),
-    Address(),
-    result=types.uint16,
     effect=True,
 )
 

@@ -1,6 +1,7 @@
 """Which tile a problem gets on a card: tables, each row with its reason, and the choice among them.
 
-Choices follow from the shape alone, counted on REFERENCE_MULTIPROCESSORS, so that every card sums in the same order.
+Choices follow from the shape alone, counted on REFERENCE_MULTIPROCESSORS, so that every card sums in the same order;
+but those of compute capability 9.0 have tiles of their own for half numbers.
 Nothing here has been timed on a card: the reasons are arithmetic.
 """
 
@@ -12,8 +13,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..nvidia import LEAST_CAPABILITY
 from .fragments import inlined
 
+Architecture = tuple[int, int] | tuple[int, int, str]
+HOPPER: Architecture = (9, 0, "a")  # the one that has the instructions of warpgroups; no later card runs them
 REFERENCE_MULTIPROCESSORS = 132  # of an H100 or H200 (SXM)
 CHOICES_KEPT = 1024  # choices take as long as a launch, and shapes come again
 
@@ -33,6 +37,7 @@ class TiledKernel(NamedTuple):
     signature: Any  # Numba's
     launch_bounds: tuple[int, int]  # threads a block, blocks that shall fit a multiprocessor
     launch: Callable[..., Launch]  # of the sizes
+    architecture: Architecture = LEAST_CAPABILITY  # whose instructions it is made of
 
 
 class GemmTile(NamedTuple):
@@ -46,8 +51,9 @@ class GemmTile(NamedTuple):
     stages: int
     blocks: int  # on a multiprocessor at once
     copy_bytes: int
-    speed: float  # of a multiprocessor full of such tiles, as a share of the best one's
+    speed: float  # of a multiprocessor full of such tiles, as a share of the best one's of all cards
     reason: str
+    architecture: Architecture = LEAST_CAPABILITY  # HOPPER: products by warpgroups, four warps each
 
     @property
     def threads(self) -> int:
@@ -122,6 +128,30 @@ POINTWISE: dict[str, tuple[GemmTile, ...]] = {
     "bfloat16": (_WIDE, _NARROW, _SMALL, _UNALIGNED._replace(blocks=2)),
     "float16": (_WIDE, _NARROW, _SMALL, _UNALIGNED._replace(blocks=2)),
 }
+
+# Hopper's mma.sync is taken for 63 % as fast as its warpgroups, whose full speed is 1.6. Shared memory moves 128 bytes
+# a cycle, in which tensor cores multiply 2048 half numbers. A stage of 64 takes rows * columns / 32 cycles of products;
+# and of shared memory rows + columns to write it, and rows + 2 * columns for two warpgroups to read A once and B twice.
+# Speeds are the former's share of the latter. Widths are multiples of 64, whole panels of B.
+_WARPGROUPS_256 = GemmTile(
+    "warpgroups256", 128, 256, 8, 1, 4, 1, 16, 1.6,
+    "the widest product there is: 1024 cycles of products a stage, 1024 of shared memory; 128 sums a thread",
+    HOPPER,
+)  # fmt: skip
+_WARPGROUPS_192 = GemmTile(
+    "warpgroups192", 128, 192, 8, 1, 5, 1, 16, 1.48,
+    "728 = 3.8 x 192, 1536 = 8 x 192: with Xception's 11552 rows at batch 32, 364 tiles fill 92 % of 3 rounds; "
+    "768 cycles of products a stage, 832 of shared memory",
+    HOPPER,
+)  # fmt: skip
+_WARPGROUPS_128 = GemmTile(
+    "warpgroups128", 128, 128, 8, 1, 3, 2, 16, 1.28,
+    "where wider tiles are too few: two blocks on each multiprocessor, one of which writes its results while the other "
+    "multiplies; 512 cycles of products a stage, 640 of shared memory",
+    HOPPER,
+)  # fmt: skip
+_WARPGROUPS = (_WARPGROUPS_256, _WARPGROUPS_192, _WARPGROUPS_128)
+WARPGROUP_POINTWISE: dict[str, tuple[GemmTile, ...]] = {"bfloat16": _WARPGROUPS, "float16": _WARPGROUPS}
 ITEMSIZE = {"float32": 4, "tf32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -130,15 +160,41 @@ def copy_bytes(dtype: str, *row_lengths: int) -> int:
     return next((size for size in (16, 4) if not any(n * ITEMSIZE[dtype] % size for n in row_lengths)), 0)
 
 
+def _fitting(dtype: str, row_lengths: tuple[int, ...], capability: tuple[int, int]) -> list[GemmTile]:
+    """The tiles that take rows of these lengths on cards of this capability."""
+    size = copy_bytes(dtype, *row_lengths)
+    offered = POINTWISE[dtype] + (WARPGROUP_POINTWISE.get(dtype, ()) if capability == HOPPER[:2] else ())
+    return [tile for tile in offered if tile.copy_bytes == size]
+
+
 @lru_cache(CHOICES_KEPT)
-def pointwise(dtype: str, rows: int, columns: int, row_lengths: tuple[int, ...]) -> GemmTile | None:
+def pointwise(
+    dtype: str,
+    rows: int,
+    columns: int,
+    row_lengths: tuple[int, ...],
+    capability: tuple[int, int] = LEAST_CAPABILITY,
+) -> GemmTile | None:
     """The tile for a product of `rows` by `columns`, or None where it is the plain tier's.
 
     `row_lengths` are those of both operands and of the result in memory.
     """
-    size = copy_bytes(dtype, *row_lengths)
-    fitting = [tile for tile in POINTWISE[dtype] if tile.copy_bytes == size]
+    fitting = _fitting(dtype, row_lengths, capability)
     return min(fitting, key=lambda tile: tile.cost(rows, columns), default=None)
+
+
+@lru_cache(CHOICES_KEPT)
+def kernel_gradient(
+    dtype: str, rows: int, columns: int, depth: int, capability: tuple[int, int] = LEAST_CAPABILITY
+) -> GemmTile | None:
+    """The tile for a product of `rows` by `columns` whose depth is split, or None where it is the plain tier's."""
+
+    def cost(tile: GemmTile) -> float:
+        share = kernel_gradient_share(tile, rows, columns, depth)
+        rounds = -(-tile.blocks_of(rows, columns) * -(-depth // share) // REFERENCE_MULTIPROCESSORS)
+        return rounds * tile.rows * tile.columns * share / tile.speed
+
+    return min(_fitting(dtype, (rows, columns), capability), key=cost, default=None)
 
 
 def kernel_gradient_share(tile: GemmTile, rows: int, columns: int, depth: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 WARP = 32
+ALL_LANES = -2  # as a reader
 BASE = 1024  # address at which the dynamic shared memory begins
 
 
@@ -51,6 +52,8 @@ class SharedMemory:
         self.write_epoch, self.write_sync = np.full(words, -1), np.full(words, -1)
         self.reader = np.full((words, warps), -1)
         self.read_epoch, self.read_sync = np.full((words, warps), -1), np.full((words, warps), -1)
+        self.shown_epoch = np.full(words, -1)  # when a fence showed it to the products of warpgroups
+        self.products = np.zeros(words, int)  # under way, that read it
         self.epoch = self.sync = 0
         self.conflicts: dict[str, int] = {}
 
@@ -81,6 +84,7 @@ class SharedMemory:
         threads = np.broadcast_to(threads[:, None], words.shape).ravel()
         words, warps = words.ravel(), threads // WARP
         assert np.unique(words).size == words.size, "two threads write one place"
+        assert not self.products[words].any(), "overwrote what products under way may read"
         read = self.read_epoch[words] == self.epoch
         read[np.arange(words.size), warps] &= self.read_sync[words, warps] == self.sync
         read[np.arange(words.size), warps] &= self.reader[words, warps] != threads
@@ -89,6 +93,21 @@ class SharedMemory:
         unsynced = (self.writer[words] // WARP != warps) | (self.write_sync[words] == self.sync)
         assert not (fresh & other & unsynced).any(), "overwrote what another thread wrote, with no barrier between"
         self.writer[words], self.write_epoch[words], self.write_sync[words] = threads, self.epoch, self.sync
+        self.shown_epoch[words] = -1
+
+    def show(self):
+        """All threads show what they wrote to the products of warpgroups."""
+        self.shown_epoch[(self.writer >= 0) & (self.shown_epoch < 0)] = self.epoch
+
+    def note_product(self, words):
+        assert (self.shown_epoch[words] >= 0).all(), "a product reads what no fence showed it"
+        assert (self.shown_epoch[words] < self.epoch).all(), "a product reads with no barrier after the fence"
+        self.products[words] += 1
+
+    def note_product_done(self, words, warps):
+        self.products[words] -= 1
+        at = np.ix_(words, warps)
+        self.reader[at], self.read_epoch[at], self.read_sync[at] = ALL_LANES, self.epoch, self.sync
 
     def count_conflicts(self, kind: str, addresses, threads, size: int):
         """Adds the passes beyond the first that each group of lanes, moving 128 bytes at most, takes."""

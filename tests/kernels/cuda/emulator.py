@@ -7,6 +7,7 @@ ISA says of it, and by a watch over everything that a card would leave undefined
 - device memory is read and written within its bounds and on its alignment, and results are written once;
 - shared memory: what one thread writes and another uses has a barrier between (of the warp, if it is the same warp),
   in both orders; copies under way leave NaN until they are waited for;
+- products of warpgroups, which read shared memory beside the threads: see `emulated_warpgroup`;
 - banks: what the lanes of a warp access together falls on different banks, else it is counted.
 """
 
@@ -26,12 +27,16 @@ from fastsepconv.kernels.cuda import (
     partial_sums,
     pointwise_tensor,
     separable_rows,
+    warpgroup_tile,
 )
 from fastsepconv.kernels.cuda.tiles import Launch
 from tests.kernels.cuda.emulated_memory import BASE, WARP, Memory, Registers, SharedMemory
+from tests.kernels.cuda.emulated_warpgroup import WarpgroupInstructions, toward_zero
 
 # Those whose `cuda` and `ptx` the kernels use.
-MODULES = (channel_vectors, depthwise_window, gemm_tile, partial_sums, pointwise_tensor, separable_rows)
+MODULES = (
+    channel_vectors, depthwise_window, gemm_tile, partial_sums, pointwise_tensor, separable_rows, warpgroup_tile,
+)  # fmt: skip
 
 
 class Block:
@@ -51,8 +56,8 @@ class Block:
             syncwarp=self.shared.warp_barrier,
         )
         names = [name for name in dir(Instructions) if not name.startswith("_")]
-        instructions = Instructions(self)
-        self.ptx = SimpleNamespace(**{name: getattr(instructions, name) for name in names})
+        self.instructions = Instructions(self)
+        self.ptx = SimpleNamespace(**{name: getattr(self.instructions, name) for name in names})
 
     def each(self, value, dtype=np.int64) -> np.ndarray:
         """The value in each thread."""
@@ -67,18 +72,8 @@ def _float(bits) -> np.ndarray:
     return np.asarray(bits).astype(np.uint32).view(np.float32)
 
 
-def _toward_zero(exact: np.ndarray) -> np.ndarray:
-    """float64 to float32 with the rest cut off, as tensor cores do with their sums."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        near = exact.astype(np.float32)
-        return np.where(np.abs(near) > np.abs(exact), np.nextafter(near, np.float32(0)), near)
-
-
-class Instructions:
+class Instructions(WarpgroupInstructions):
     """The functions of `ptx`, for all threads of a block at once."""
-
-    def __init__(self, block: Block):
-        self._block, self._shared = block, block.shared
 
     def shared_memory(self):
         return np.uint32(BASE)
@@ -198,9 +193,6 @@ class Instructions:
     def load_global_32(self, wanted, pointer, offset):
         return self._load_global(4, wanted, pointer, offset).view(np.uint32)[:, 0]
 
-    def load_global_16(self, wanted, pointer, offset):
-        return self._load_global(2, wanted, pointer, offset).view(np.uint16)[:, 0]
-
     def _store_global(self, wanted, pointer, offset, values):
         wanted, size = self._block.each(wanted, bool), values.dtype.itemsize * values.shape[1]
         addresses = pointer.addresses(offset, size, self._block.threads)[wanted]
@@ -237,7 +229,7 @@ class Instructions:
         for register in range(4):
             rows, columns = group + 8 * (register // 2), 2 * place + register % 2
             before = sums.rows[i + register].reshape(warps, WARP).astype(np.float64)
-            sums.rows[i + register] = _toward_zero(before + product[:, rows, columns]).ravel()
+            sums.rows[i + register] = toward_zero(before + product[:, rows, columns]).ravel()
 
     def multiply_tf32(self, *arguments):
         def decode(registers):
@@ -325,6 +317,7 @@ def run(modules, factory, factory_arguments, sizes, arguments) -> SimpleNamespac
                 clear_caches(modules)
                 factory(*factory_arguments).function(*memories)
             assert not any(block.groups) and not block.started, "copies left under way"
+            block.instructions._assert_done()
             for kind, count in block.shared.conflicts.items():
                 conflicts[kind] = conflicts.get(kind, 0) + count
     clear_caches(modules)

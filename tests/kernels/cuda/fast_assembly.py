@@ -34,15 +34,17 @@ from fastsepconv.kernels.cuda import (
     ptx,
     separable_rows,
     tiles,
+    warpgroup_tile,
 )
+from fastsepconv.kernels.nvidia import LEAST_CAPABILITY
 from tests.kernels.cuda.assembly import assembler
 
 TABLE = Path(__file__).with_name("fast_assembly.json")
 TOOLKITS = ("cuda12", "cuda13")
 TOOLS = ("numba-cuda", "llvmlite", "nvidia-cuda-nvcc", "nvidia-nvvm", "nvidia-cuda-nvcc-cu12")
-CAPABILITIES = ("sm_80", "sm_90")
+CAPABILITIES = {LEAST_CAPABILITY: ("sm_80", "sm_90"), tiles.HOPPER: ("sm_90a",)}  # by what kernels are made of
 INSTRUCTIONS = {
-    "products": r"mma\.sync",
+    "products": r"w?g?mma\.(?:sync|mma_async)",
     "copies": r"cp\.async\.c[ag]\.shared",
     "matrices": r"ldmatrix",
     "wide_loads": r"ld\.global\.nc\.v4",
@@ -52,7 +54,7 @@ INSTRUCTIONS = {
 
 def kernels() -> Iterator[tuple[str, tiles.TiledKernel]]:
     """Every kernel, dtype and tile of the tables, by name."""
-    for dtype, found in tiles.POINTWISE.items():
+    for dtype, found in [*tiles.POINTWISE.items(), *tiles.WARPGROUP_POINTWISE.items()]:
         for tile in found:
             for make in (pointwise_tensor.forward, pointwise_tensor.input_gradient, pointwise_tensor.kernel_gradient):
                 yield f"pointwise {make.__name__} {dtype} {tile.name}", make(dtype, tile)
@@ -71,18 +73,26 @@ def kernels() -> Iterator[tuple[str, tiles.TiledKernel]]:
 
 
 def compiled(kernel: tiles.TiledKernel) -> str:
-    """The kernel's PTX for compute capability 8.0, the least that knows all of its instructions."""
+    """The kernel's PTX for the compute capability whose instructions it is made of."""
     # Numba asks the card for its capability when it types a device function, and uses it for nothing else.
     no_card = patch("numba.cuda.dispatcher.get_current_device", lambda: SimpleNamespace(compute_capability=(8, 0)))
     with no_card:
         text, _ = cuda.compile(
-            kernel.function, kernel.signature, device=False, abi="numba", cc=(8, 0), launch_bounds=kernel.launch_bounds
+            kernel.function,
+            kernel.signature,
+            device=False,
+            abi="numba",
+            cc=kernel.architecture,
+            launch_bounds=kernel.launch_bounds,
         )
     return text
 
 
 def assemble(text: str, capability: str) -> dict[str, int]:
-    """Registers, and bytes of stack, of spills and of static shared memory, as ptxas tells them."""
+    """Registers, bytes of stack, of spills and of static shared memory, as ptxas tells them, and remarks that it made.
+
+    It remarks on products of warpgroups that it had to keep from running beside the threads.
+    """
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "kernel.ptx")
         source.write_text(text)
@@ -100,6 +110,7 @@ def assemble(text: str, capability: str) -> dict[str, int]:
         "stack": number(r"(\d+) bytes stack frame"),
         "spilled": number(r"(\d+) bytes spill"),
         "static_shared": number(r"(\d+) bytes smem"),
+        "remarks": len(re.findall(r"\(C\d+\)", told)),
     }
 
 
@@ -120,7 +131,7 @@ def versions() -> dict[str, str]:
 def sources() -> str:
     """A digest of the fast tier's code, without comments and docstrings."""
     gemm = (fragments, gemm_tile, partial_sums, pointwise_tensor, ptx)
-    modules = (*gemm, channel_vectors, depthwise_window, separable_rows, tiles)
+    modules = (*gemm, channel_vectors, depthwise_window, separable_rows, tiles, warpgroup_tile)
     digest = hashlib.sha256()
     for module in modules:
         tree = ast.parse(inspect.getsource(module))
@@ -139,7 +150,7 @@ def table(names: list[str]) -> dict[str, dict]:
             continue
         text = compiled(kernel)
         counts = {key: len(re.findall(pattern, text)) for key, pattern in INSTRUCTIONS.items()}
-        assembled = {capability: assemble(text, capability) for capability in CAPABILITIES}
+        assembled = {capability: assemble(text, capability) for capability in CAPABILITIES[kernel.architecture]}
         found[name] = {"bounds": list(kernel.launch_bounds), **counts, **assembled}
     return found
 

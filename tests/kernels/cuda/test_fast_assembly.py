@@ -17,6 +17,7 @@ import pytest
 pytest.importorskip("numba_cuda", reason="pip install 'fastsepconv[cuda13]'")
 
 from fastsepconv.kernels.cuda import pointwise_tensor, tiles
+from fastsepconv.kernels.nvidia import LEAST_CAPABILITY
 from tests.kernels.cuda import assembly, fast_assembly
 
 if assembly.assembler() is None:
@@ -26,11 +27,20 @@ COMMITTED = json.loads(fast_assembly.TABLE.read_text())
 ROWS = COMMITTED["kernels"]
 SAME_TOOLS = fast_assembly.versions() in COMMITTED["versions"].values()
 REGISTERS = 65536  # of a multiprocessor
-SHARED = {"sm_80": 164 * 1024, "sm_90": 228 * 1024}  # of a multiprocessor; a block takes 1 KB beyond what it asks for
+SHARED = {
+    "sm_80": 164 * 1024,
+    "sm_90": 228 * 1024,
+    "sm_90a": 228 * 1024,
+}  # of a multiprocessor; a block takes 1 KB beyond what it asks for
+TILES = [
+    pytest.param(dtype, tile, id=f"{dtype}-{tile.name}")
+    for dtype, found in [*tiles.POINTWISE.items(), *tiles.WARPGROUP_POINTWISE.items()]
+    for tile in found
+]
 SAMPLE = [
     name
     for name in ROWS
-    if not name.startswith("pointwise") or name.endswith("small")
+    if not name.startswith("pointwise") or name.endswith("small") or name.endswith("bfloat16 warpgroups256")
     if not name.endswith("relu") and not name.endswith(("rows64", "rows128"))
 ]
 
@@ -71,26 +81,36 @@ def test_every_row_of_the_table_is_sound(name):
 
 def check(name: str, row: dict) -> None:
     threads, blocks = row["bounds"]
-    for capability in fast_assembly.CAPABILITIES:
+    by_warpgroups = "warpgroups" in name
+    for capability in fast_assembly.CAPABILITIES[tiles.HOPPER if by_warpgroups else LEAST_CAPABILITY]:
         found = row[capability]
         assert found["stack"] == found["spilled"] == 0, f"{name} keeps registers in memory on {capability}"
+        assert found["remarks"] == 0
         assert found["static_shared"] == 0
         assert blocks * threads * (-(-found["registers"] // 8) * 8) <= REGISTERS
     operation = name.split()[0]
     if operation in ("pointwise", "separable"):
         assert row["products"] > 0
         assert row["copies"] > 0
-        assert (row["matrices"] == 0) == ("kernel_gradient" in name and ("float32" in name or "tf32" in name))
+        by_elements = "kernel_gradient" in name and ("float32" in name or "tf32" in name)
+        assert (row["matrices"] == 0) == (by_elements or by_warpgroups)
         assert (row["wide_stores"] == 0) == ("unaligned" in name)
     if operation == "separable" or (operation == "depthwise" and ("forward" in name or "float32" in name)):
         assert row["wide_loads"] > 0
 
 
-@pytest.mark.parametrize("dtype", tiles.POINTWISE)
-def test_the_blocks_of_a_multiprocessor_share_its_memory(dtype):
+@pytest.mark.parametrize(("dtype", "tile"), TILES)
+def test_the_blocks_of_a_multiprocessor_share_its_memory(dtype, tile):
     makers = (pointwise_tensor.forward, pointwise_tensor.input_gradient, pointwise_tensor.kernel_gradient)
-    for tile in tiles.POINTWISE[dtype]:
-        for make in makers:
-            sizes = (1, 1, 1, 1) if make is pointwise_tensor.kernel_gradient else (1, 1)
-            launch = make(dtype, tile).launch(*sizes)
-            assert all(tile.blocks * (launch.shared_bytes + 1024) <= room for room in SHARED.values()), tile.name
+    for make in makers:
+        sizes = (1, 1, 1, 1) if make is pointwise_tensor.kernel_gradient else (1, 1)
+        size = tile.blocks * (make(dtype, tile).launch(*sizes).shared_bytes + 1024)
+        assert all(size <= SHARED[capability] for capability in fast_assembly.CAPABILITIES[tile.architecture])
+
+
+def test_what_keeps_products_from_running_beside_the_threads_is_remarked():
+    name, kernel = next(found for found in fast_assembly.kernels() if "warpgroups128" in found[0])
+    text = fast_assembly.compiled(kernel)
+    assert fast_assembly.assemble(text, "sm_90a")["remarks"] == 0, name
+    unordered = text.replace("wgmma.fence.sync.aligned;", "")
+    assert fast_assembly.assemble(unordered, "sm_90a")["remarks"] > 0

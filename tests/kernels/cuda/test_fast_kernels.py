@@ -21,7 +21,11 @@ from tests.tolerances import RELATIVE, relative_error
 MODULES = emulator.MODULES
 HALVES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 TOLERANCES = {**RELATIVE, "tf32": 2e-3}
-POINTWISE = [pytest.param(dtype, tile, id=f"{dtype}-{tile.name}") for dtype, t in tiles.POINTWISE.items() for tile in t]
+POINTWISE = [
+    pytest.param(dtype, tile, id=f"{dtype}-{tile.name}")
+    for dtype, found in [*tiles.POINTWISE.items(), *tiles.WARPGROUP_POINTWISE.items()]
+    for tile in found
+]
 FLOATS = ("float32", "bfloat16", "float16")
 
 
@@ -281,6 +285,22 @@ def test_separable_tiles_fit_the_card_and_the_shape():
     assert separable_rows.choose("float32", (3, 3), (1, 1), 361, 728, 728, 232448) is None
 
 
+def test_warpgroups_serve_half_numbers_on_their_own_capability_where_that_costs_less():
+    def choose(dtype, capability, rows, columns=728):
+        return tiles.pointwise(dtype, rows, columns, (728, columns), capability).name
+
+    assert choose("bfloat16", (9, 0), 32 * 361) == "warpgroups192"
+    assert choose("float16", (9, 0), 32 * 361, 256) == "warpgroups256"
+    assert choose("bfloat16", (9, 0), 361) == "small"
+    assert tiles.kernel_gradient("bfloat16", 728, 728, 32 * 361, (9, 0)).name == "warpgroups256"
+    for capability in ((8, 0), (8, 9), (10, 0), (12, 0)):
+        assert choose("bfloat16", capability, 32 * 361) == "narrow"
+        assert "warpgroups" not in tiles.kernel_gradient("bfloat16", 728, 728, 32 * 361, capability).name
+    for numbers in ("float32", "tf32"):
+        assert choose(numbers, (9, 0), 32 * 361) == choose(numbers, (8, 0), 32 * 361)
+    assert tiles.pointwise("bfloat16", 32 * 361, 34, (728, 34), (9, 0)).name == "unaligned"
+
+
 def test_pointwise_tiles_follow_the_shape():
     def choose(dtype, rows, columns, depth):
         found = tiles.pointwise(dtype, rows, columns, (depth, columns))
@@ -292,6 +312,9 @@ def test_pointwise_tiles_follow_the_shape():
     assert choose("float32", 32 * 361, 32, 3) == "unaligned"
     assert choose("tf32", 32 * 361, 32, 3) is None  # float32's kernel takes it
     assert choose("float16", 32 * 361, 32, 3) is None  # the plain tier takes it
+    tile = tiles.kernel_gradient("bfloat16", 728, 728, 32 * 361)
+    assert tile.name == "narrow"  # 42 blocks of 6 splits, where 144 of the small tile could not be split
+    assert tiles.kernel_gradient("bfloat16", 64, 128, 361).name == "small"
     tile = tiles.pointwise("bfloat16", 728, 728, (728,))
     share = tiles.kernel_gradient_share(tile, 728, 728, 32 * 361)
     assert share % 32 == 0

@@ -5,16 +5,20 @@ The cases that the emulation has computed, and Xception's shapes, which it is to
 
 from __future__ import annotations
 
+import operator
+
 import numpy as np
 import pytest
 
 pytest.importorskip("numba_cuda", reason="pip install 'fastsepconv[cuda13]'")
 
+from fastsepconv.kernels.cuda import tiles
 from fastsepconv.kernels.geometry import resolve
 from tests.kernels.cuda.fast_cases import DTYPES, FLOATS, POINTWISE, SEPARABLE, WINDOWS, check, normal, separable_inputs
 
 pytestmark = pytest.mark.cuda
 
+name_of = operator.attrgetter("name")
 LARGE_PRODUCTS = [(2 * 361, 728, 728), (4 * 1369, 256, 728), (2 * 100, 1536, 2048), (3 * 5329, 128, 128)]
 LARGE_WINDOWS = [(2, 19, 19, 728), (1, 37, 37, 256), (1, 147, 147, 64), (2, 10, 10, 1536)]
 
@@ -45,6 +49,22 @@ def test_pointwise(numbers, sizes, ran, rng):
     x, kernel = normal(rng, (rows, channels), (channels, filters))
     check(numbers, "pointwise", (), [x, kernel / np.sqrt(channels)], *normal(rng, (filters,), (rows, filters)))
     assert ran[2].startswith("pointwise_kernel_gradient[")
+
+
+@pytest.mark.parametrize("half", ["bfloat16", "float16"])
+@pytest.mark.parametrize("tile", [*tiles.POINTWISE["float16"][:3], *tiles.WARPGROUP_POINTWISE["float16"]], ids=name_of)
+def test_pointwise_with_each_tile(half, tile, ran, monkeypatch, rng):
+    """Whatever the table would choose, so that a tile that fails is known by its name."""
+    from fastsepconv.kernels.cuda import driver
+
+    if tile.architecture == tiles.HOPPER and driver.device(0).capability != tiles.HOPPER[:2]:
+        pytest.skip("the instructions of warpgroups are those of compute capability 9.0")
+    for choice in ("pointwise", "kernel_gradient"):
+        monkeypatch.setattr(tiles, choice, lambda *arguments: tile)
+    for rows, channels, filters in ((16, 16, 16), (722, 728, 728), (1500, 136, 456)):
+        x, kernel = normal(rng, (rows, channels), (channels, filters))
+        check(half, "pointwise", (), [x, kernel / np.sqrt(channels)], *normal(rng, (filters,), (rows, filters)))
+    assert sum(tile.name in one for one in ran) == 9
 
 
 @pytest.mark.parametrize("numbers", FLOATS)

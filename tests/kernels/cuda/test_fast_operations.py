@@ -60,14 +60,15 @@ def test_pointwise(numbers, sizes, emulated, rng):
     assert not emulated.memory
 
 
-@pytest.mark.parametrize("tile", ["wide", "narrow"])
+@pytest.mark.parametrize("tile", ["wide", "narrow", "warpgroups256", "warpgroups192", "warpgroups128"])
 def test_pointwise_with_the_tiles_of_large_shapes(tile, emulated, monkeypatch, rng):
     from fastsepconv.kernels.cuda import tiles
 
-    found = next(one for one in tiles.POINTWISE["bfloat16"] if one.name == tile)
-    monkeypatch.setattr(tiles, "pointwise", lambda *arguments: found)
-    inputs = normal(rng, (300, 136), (136, 144))
-    check("bfloat16", "pointwise", (), inputs, *normal(rng, (144,), (300, 144)))
+    found = next(one for one in tiles.POINTWISE["bfloat16"] + tiles.WARPGROUP_POINTWISE["bfloat16"] if one.name == tile)
+    for choice in ("pointwise", "kernel_gradient"):
+        monkeypatch.setattr(tiles, choice, lambda *arguments: found)
+    inputs = normal(rng, (600, 136), (136, 144))
+    check("bfloat16", "pointwise", (), inputs, *normal(rng, (144,), (600, 144)))
     assert emulated.ran[:3] == [
         f"pointwise_{way}[bfloat16,{tile}]" for way in ("forward", "input_gradient", "kernel_gradient")
     ]

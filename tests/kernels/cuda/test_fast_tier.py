@@ -16,6 +16,7 @@ from tests.kernels.cuda.driver_double import values_at
 
 STREAM = 4242
 INFINITY = float("inf")
+HOPPER_SHARED = 227 * 1024  # bytes that a block may have on cards of compute capability 9.0
 LEAST_SHARED = 99 * 1024  # bytes that a block may have on the smallest cards of the least capability's generation
 
 
@@ -94,6 +95,27 @@ def test_arguments_of_a_product_reach_the_driver(card):
     cuda.pointwise_forward(x, kernel, None, y)
     assert card.calls == ["cuCtxGetCurrent", "cuLaunchKernel"]
     assert values_at(card.parameters, "QQQQiiiiff")[2] == values_at(card.parameters, "QQQQiiiiff")[7] == 0
+
+
+@pytest.mark.parametrize(("capability", "tile"), [
+    ((8, 0), "narrow"),
+    ((8, 9), "narrow"),
+    ((9, 0), "warpgroups192"),
+    ((10, 0), "narrow"),
+    ((12, 1), "narrow"),
+])  # fmt: skip
+def test_products_of_half_numbers_take_warpgroups_on_hopper_alone(card, ran, capability, tile):
+    card.capability = capability
+    x, kernel, y = (on_card(card, shape, "bfloat16") for shape in ((32 * 361, 728), (728, 728), (32 * 361, 728)))
+    cuda.pointwise_forward(x, kernel, None, y)
+    cuda.pointwise_backward(x, kernel, y, x, kernel, None)
+    assert ran[0] == f"pointwise_forward[bfloat16,{tile}]"
+    assert ran[1] == f"pointwise_input_gradient[bfloat16,{tile}]"
+    assert ("warpgroups" in ran[2]) == (capability == (9, 0))
+    if capability == (9, 0):
+        shared = 1024 + 5 * 128 * (128 + 192)  # five stages of 128 bytes of x and of the kernel, on a period
+        assert card.launches[0] == {"grid": (91 * 4, 1, 1), "block": (256, 1, 1), "shared": shared, "stream": STREAM}
+        assert shared in card.allowed.values()
 
 
 def test_arguments_of_a_window_reach_the_driver(card):
@@ -245,12 +267,13 @@ def test_every_kernel_of_the_tables_has_a_name_of_its_own_and_fits_the_smallest_
     from fastsepconv.kernels.cuda import fast_kernels, pointwise_tensor, tiles
 
     makers = (pointwise_tensor.forward, pointwise_tensor.input_gradient, pointwise_tensor.kernel_gradient)
-    for dtype, found in tiles.POINTWISE.items():
+    for dtype, found in [*tiles.POINTWISE.items(), *tiles.WARPGROUP_POINTWISE.items()]:
         for tile, maker in itertools.product(found, makers):
             kernel, launch = fast_kernels.made(maker, dtype, tile)
             assert kernel.name.endswith(f"[{dtype},{tile.name}]")
             sizes = (1, 1, 1, 32) if maker is pointwise_tensor.kernel_gradient else (1, 1)
-            assert launch(*sizes).shared_bytes <= LEAST_SHARED
+            least = HOPPER_SHARED if tile.architecture == tiles.HOPPER else LEAST_SHARED
+            assert launch(*sizes).shared_bytes <= least
 
 
 def test_fast_kernels_are_compiled_for_the_least_capability_and_assembled_for_the_card(double, monkeypatch):
@@ -267,3 +290,17 @@ def test_fast_kernels_are_compiled_for_the_least_capability_and_assembled_for_th
         compiled = binaries.get(kernel, (9, 0))
         assert compiled.code.startswith(b"\x7fELF") and kernel.function.__name__ in compiled.entry
         assert binaries.get(kernel, (9, 0)) == compiled
+
+
+def test_kernels_of_warpgroups_are_compiled_and_assembled_for_hopper(double, monkeypatch):
+    from types import SimpleNamespace
+
+    from fastsepconv.kernels.cuda import binaries, fast_kernels, pointwise_tensor, tiles
+
+    monkeypatch.setattr("numba.cuda.dispatcher.get_current_device", lambda: SimpleNamespace(compute_capability=(9, 0)))
+    kernel, _ = fast_kernels.made(pointwise_tensor.forward, "float16", tiles.WARPGROUP_POINTWISE["float16"][-1])
+    assert ".target sm_90a" in binaries.ptx(kernel, (9, 0))
+    assert binaries.target(kernel, (9, 0)) == "sm_90a"
+    compiled = binaries.get(kernel, (9, 0))
+    assert compiled.code.startswith(b"\x7fELF") and kernel.function.__name__ in compiled.entry
+    assert binaries.get(kernel, (9, 0)) == compiled

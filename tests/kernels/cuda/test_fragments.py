@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("numba_cuda", reason="pip install 'fastsepconv[cuda13]'")
 
 from fastsepconv.kernels.cuda import fragments, gemm_tile, pointwise_tensor, tiles
-from tests.kernels.cuda import emulated_memory, emulator
+from tests.kernels.cuda import emulated_memory, emulated_warpgroup, emulator
 from tests.kernels.cuda.test_fast_kernels import MODULES, poisoned, stored
 
 LANES = np.arange(32)
@@ -148,4 +148,4 @@ def test_the_emulation_counts_colliding_banks():
 
 def test_the_emulation_cuts_sums_off_toward_zero():
     exact = np.array([1 + 2.0**-24, -(1 + 2.0**-24), 1 + 1.5 * 2.0**-23, 0.0, np.inf])
-    assert emulator._toward_zero(exact).tolist() == [1.0, -1.0, 1 + 2.0**-23, 0.0, np.inf]
+    assert emulated_warpgroup.toward_zero(exact).tolist() == [1.0, -1.0, 1 + 2.0**-23, 0.0, np.inf]
