@@ -27,9 +27,9 @@ test-torch: ## set up .venv-torch, without TensorFlow, then run the tests of Ker
 	$(setup) torch,demo test .venv-torch '$(TORCH)'
 	OMP_WAIT_POLICY=passive KERAS_BACKEND=torch .venv-torch/bin/pytest $(or $(ARGS),tests/bridge/test_torch_*.py)
 
-test-cuda12: ## set up .venv-cuda12, then compile and assemble the CUDA kernels with CUDA 12, without a card
+test-cuda12: ## set up .venv-cuda12, then test with CUDA 12 what compiles and starts the CUDA kernels, without a card
 	$(setup) cuda12 cuda12 .venv-cuda12
-	.venv-cuda12/bin/pytest $(or $(ARGS),tests/kernels/cuda/test_*assembly.py)
+	.venv-cuda12/bin/pytest $(or $(ARGS),$(addprefix tests/kernels/cuda/test_,assembly.py fast_assembly.py launch.py fast_tier.py))
 
 test-cuda: ## on a machine with a card: test the CUDA kernels with PYTHON (python3) as it is, setting nothing up
 	$(or $(PYTHON),python3) scripts/on_card.py test $(ARGS)
