@@ -83,7 +83,8 @@ def read(name: str, value: Any, stream: int | None = None) -> DeviceArray:
     array = _from_dlpack(name, value) if interface is None else _from_interface(name, value, interface)
     address, shape, strides, dtype, writable, device, own_stream = array
     if device is None:
-        device = _card_of(name, address, math.prod(shape))
+        told = _told_card(value)
+        device = _card_of(name, address, math.prod(shape)) if told is None else told
     own_stream = _torch_stream(value, device) or own_stream or DEFAULT_STREAM
     strides = contiguous_strides(shape) if strides is None else strides
     return DeviceArray(address, shape, strides, Dtype(dtype), device, stream or own_stream, writable, value)
@@ -164,14 +165,19 @@ def _from_interface(name: str, value: Any, interface: dict) -> dlpack.Described:
     return dlpack.Described(address or 0, shape, strides, dtype, not read_only, None, stream)
 
 
+def _told_card(value: Any) -> int | None:
+    """The number of the card that an array is on, where its library tells: an empty array has no address to ask of."""
+    return {"torch": lambda: value.get_device(), "cupy": lambda: value.device.id}.get(_library(value), lambda: None)()
+
+
 def _card_of(name: str, address: int, size: int) -> int:
     """The number of the card whose memory an address lies in."""
     from .kernels.cuda import driver
 
     if driver.SIMULATED or size == 0:
         return 0
-    driver.own_stream()
-    card = driver.device_of(address)
+    with driver.turned_to(driver.device(0)):
+        card = driver.device_of(address)
     if card is None:
         raise checks.invalid(name, "an array in the memory of a card", hex(address), " at the computer's own address")
     return card
@@ -183,8 +189,8 @@ def _order(first: DeviceArray, array: DeviceArray) -> None:
 
     if not driver.SIMULATED:
         on = driver.device(first.device)
-        driver.activate(on)
-        driver.order_after(driver.Stream(first.stream, on), array.stream)
+        with driver.turned_to(on):
+            driver.order_after(driver.Stream(first.stream, on), array.stream)
 
 
 def _library(value: object) -> str:
@@ -213,7 +219,8 @@ def _empty(like: DeviceArray, shape: tuple[int, ...], dtype: str) -> Any:
     if library in ("numba", "numba_cuda"):
         from numba import cuda
 
-        return cuda.device_array(shape, dtype)
+        with cuda.gpus[like.device]:
+            return cuda.device_array(shape, dtype)
     if not hasattr(owner, "__array_namespace__"):
         expected = "an array of PyTorch, CuPy, Numba or a library with `__array_namespace__`"
         raise checks.invalid("x", expected, type(owner), " of type", TypeError)

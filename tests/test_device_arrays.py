@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import types
+
 import numpy as np
 import pytest
 
@@ -145,7 +148,8 @@ def test_a_pointer_to_the_computers_memory_is_refused(monkeypatch):
     from fastsepconv.kernels.cuda import driver
 
     monkeypatch.setattr(driver, "SIMULATED", False)
-    monkeypatch.setattr(driver, "own_stream", lambda: None)
+    monkeypatch.setattr(driver, "device", lambda ordinal: None)
+    monkeypatch.setattr(driver, "turned_to", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(driver, "device_of", lambda address: None)
     with pytest.raises(ValueError, match=r"argument `x`\. Expected an array in the memory of a card.*0x"):
         receive(x=InterfaceArray(np.ones((2, 2), "f4")))
@@ -177,3 +181,44 @@ def test_libraries_whose_arrays_cannot_be_written_are_refused():
         TypeError, match=r"argument `x`\. Expected an array of a library whose arrays can be written to"
     ):
         device_arrays.new(array, (2, 2))
+
+
+class CupyLike(InterfaceArray):
+    """As CuPy's arrays: their device has a number."""
+
+    __module__ = "cupy._core.core"
+
+    def __init__(self, array, card):
+        super().__init__(array)
+        self.device = types.SimpleNamespace(id=card)
+
+
+def test_an_empty_array_is_on_the_card_that_its_library_tells():
+    x, kernel = CupyLike(np.empty((0, 2, 2, 3), "f4"), 1), CupyLike(np.ones((3, 2), "f4"), 1)
+    assert {array.device for array in receive(x=x, kernel=kernel).values()} == {1}
+
+
+def test_a_result_of_numbas_is_made_on_the_card_of_x(monkeypatch):
+    cuda = pytest.importorskip("numba.cuda")
+    turned = []
+
+    class OfNumba(InterfaceArray):
+        __module__ = "numba.cuda.cudadrv.devicearray"
+
+    class Card:
+        def __init__(self, number):
+            self.number = number
+
+        def __enter__(self):
+            turned.append(self.number)
+
+        def __exit__(self, *exception):
+            turned.append(None)
+
+    monkeypatch.setattr(cuda, "gpus", [Card(number) for number in range(3)])
+    monkeypatch.setattr(
+        cuda, "device_array", lambda shape, dtype: turned.append(shape) or OfNumba(np.empty(shape, dtype))
+    )
+    x = receive(x=OfNumba(np.ones((2, 2), "f4")))["x"]._replace(device=2)
+    device_arrays.new(x, (4, 5))
+    assert turned == [2, (4, 5), None]

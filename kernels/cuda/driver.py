@@ -6,8 +6,9 @@ of it can be captured into a CUDA graph.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from ..nvidia import LEAST_CAPABILITY
@@ -91,6 +92,25 @@ def activate(device: Device) -> None:
     current = call("Asking for the current context", api.cuCtxGetCurrent)
     if int(current) != device.context:
         call(f"Turning to card {device.ordinal}", api.cuCtxSetCurrent, device.context)
+
+
+@contextlib.contextmanager
+def turned_to(device: Device) -> Iterator[None]:
+    """Within it the card's context is the calling thread's; frameworks take their current card from that, so it is
+    put back.
+    """
+    if SIMULATED:
+        yield
+        return
+    before = call("Asking for the current context", api.cuCtxGetCurrent)
+    if int(before) == device.context:
+        yield
+        return
+    call(f"Turning to card {device.ordinal}", api.cuCtxSetCurrent, device.context)
+    try:
+        yield
+    finally:
+        call("Turning back", api.cuCtxSetCurrent, before)
 
 
 def own_stream(ordinal: int = 0) -> Stream:

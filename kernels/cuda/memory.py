@@ -73,11 +73,13 @@ def run(body: Callable[..., None], inputs: Sequence[Any], outputs: Sequence[Any]
     arrays = [array for array in (*inputs, *outputs) if array is not None]
     if not isinstance(arrays[0], np.ndarray):
         stream = _stream_of(arrays[0])
-        body(*map(_operand_of, (*inputs, *outputs)), stream)
+        with driver.turned_to(stream.device):
+            body(*map(_operand_of, (*inputs, *outputs)), stream)
     elif SIMULATED:
         body(*(None if array is None else _simulated(array) for array in (*inputs, *outputs)), driver.own_stream())
     else:
-        _run_copied(body, inputs, outputs)
+        with driver.turned_to(driver.device(0)):
+            _run_copied(body, inputs, outputs)
 
 
 def _run_copied(body: Callable[..., None], inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
@@ -115,9 +117,7 @@ def _simulated(array: np.ndarray) -> Operand:
 def _stream_of(array: DeviceArray) -> Stream:
     if SIMULATED:
         return driver.own_stream()
-    on = driver.device(array.device)
-    driver.activate(on)
-    return Stream(array.stream, on)
+    return Stream(array.stream, driver.device(array.device))
 
 
 def _operand_of(array: DeviceArray | None) -> Operand | None:

@@ -149,6 +149,7 @@ class DriverDouble:
 
     def cuLaunchKernel(self, kernel, gx, gy, gz, bx, by, bz, shared, stream, parameters, extra):
         self.launches.append({"grid": (gx, gy, gz), "block": (bx, by, bz), "shared": shared, "stream": stream})
+        self.launched_in = self.current
         self.parameters = parameters
         return self._done("cuLaunchKernel")
 

@@ -12,7 +12,7 @@ pytest.importorskip("numba_cuda", reason="pip install 'fastsepconv[cuda13]'")
 from fastsepconv.kernels import cuda
 from fastsepconv.kernels.device_array import DeviceArray, Dtype
 from fastsepconv.kernels.geometry import resolve
-from tests.kernels.cuda.driver_double import values_at
+from tests.kernels.cuda.driver_double import CONTEXT, values_at
 
 STREAM = 4242
 INFINITY = float("inf")
@@ -91,6 +91,7 @@ def test_arguments_of_a_product_reach_the_driver(card):
     expected = [x.address, kernel.address, bias.address, y.address, 30, 24, 16, 1, 0.0, 6.0]
     assert values_at(card.parameters, "QQQQiiiiff") == expected
     assert not card.named("cuStreamSynchronize", "cuMemAllocAsync", "cuKernelSetAttribute")
+    card.current = CONTEXT
     card.calls.clear()
     cuda.pointwise_forward(x, kernel, None, y)
     assert card.calls == ["cuCtxGetCurrent", "cuLaunchKernel"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 
@@ -46,12 +47,41 @@ def test_arguments_reach_the_driver_on_the_callers_stream_and_nothing_waits(doub
     assert launch == {"grid": (-(-count // 256), 1, 1), "block": (256, 1, 1), "shared": 0, "stream": STREAM}
     expected = [*G, x.address, kernel.address, bias.address, 1, y.address, 0.0, 6.0]
     assert values_at(double.parameters, "q" * 15 + "QQQiQff") == expected
-    assert double.current == CONTEXT
+    assert double.launched_in == CONTEXT
     assert not double.named("cuStreamSynchronize", "cuMemAllocAsync", "cuMemcpyHtoDAsync")
+    double.current = CONTEXT
     double.calls.clear()
     cuda.depthwise_forward(G, x, kernel, None, y)
     assert double.calls == ["cuCtxGetCurrent", "cuLaunchKernel"]
     assert values_at(double.parameters, "q" * 15 + "QQQiQff")[17:19] == [0, 0]
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["done", "refused"])
+def test_the_callers_current_card_stays_its_own(double, fails):
+    """What frameworks take for the current card is the context of the thread."""
+    from fastsepconv.kernels import cuda
+
+    double.cards = 2
+    arrays = [on_card(double, shape)._replace(device=1) for shape in ((4, 10), (10, 3), (4, 3))]
+    in_memory = [np.ones(shape, "float32") for shape in ((4, 10), (10, 3), (4, 3))]
+    double.current = 5
+    for x, kernel, y in (arrays, in_memory):
+        if fails:
+            double.fails["cuLaunchKernel"] = double.CUresult.CUDA_ERROR_INVALID_VALUE
+        with pytest.raises(RuntimeError) if fails else contextlib.nullcontext():
+            cuda.pointwise_forward(x, kernel, None, y)
+        assert double.launched_in == CONTEXT + (x is arrays[0])
+        assert double.current == 5
+
+
+def test_streams_are_ordered_and_pointers_asked_on_the_arrays_card(double):
+    from fastsepconv import device_arrays
+
+    double.cards, double.current = 2, 5
+    first = on_card(double, (4, 10))._replace(device=1)
+    device_arrays._order(first, first._replace(stream=9))
+    assert double.named("cuEventRecord", "cuStreamWaitEvent") and double.current == 5
+    assert device_arrays._card_of("x", first.address, 40) == 0 and double.current == 5
 
 
 def test_numpy_arrays_are_copied_in_and_out_and_all_memory_is_given_back(double, arrays):
