@@ -22,7 +22,7 @@ def depthwise_forward(g: Geometry, x, kernel, bias, out, clamp=UNBOUNDED) -> Non
     def compute(x, kernel, bias, out, stream) -> None:
         tiers.run("depthwise_forward", g, x, kernel, bias, out, clamp, stream)
 
-    memory.run(compute, (x, kernel, bias), (out,))
+    memory.run(compute, {"x": x, "depthwise_kernel": kernel, "bias": bias}, {"out": out})
 
 
 def depthwise_backward(g: Geometry, x, kernel, dy, dx, d_kernel, d_bias) -> None:
@@ -31,7 +31,9 @@ def depthwise_backward(g: Geometry, x, kernel, dy, dx, d_kernel, d_bias) -> None
     def compute(*operands) -> None:
         tiers.run("depthwise_backward", g, *operands)
 
-    memory.run(compute, (x, kernel, dy), (dx, d_kernel, d_bias))
+    memory.run(
+        compute, {"x": x, "depthwise_kernel": kernel, "dy": dy}, {"dx": dx, "d_depthwise": d_kernel, "d_bias": d_bias}
+    )
 
 
 def pointwise_forward(x, kernel, bias, out, clamp=UNBOUNDED) -> None:
@@ -41,7 +43,7 @@ def pointwise_forward(x, kernel, bias, out, clamp=UNBOUNDED) -> None:
     def compute(x, kernel, bias, out, stream) -> None:
         tiers.run("pointwise_forward", *sizes, x, kernel, bias, out, clamp, stream)
 
-    memory.run(compute, (x, kernel, bias), (out,))
+    memory.run(compute, {"x": x, "pointwise_kernel": kernel, "bias": bias}, {"out": out})
 
 
 def pointwise_backward(x, kernel, dy, dx, d_kernel, d_bias) -> None:
@@ -51,7 +53,9 @@ def pointwise_backward(x, kernel, dy, dx, d_kernel, d_bias) -> None:
     def compute(*operands) -> None:
         tiers.run("pointwise_backward", *sizes, *operands)
 
-    memory.run(compute, (x, kernel, dy), (dx, d_kernel, d_bias))
+    memory.run(
+        compute, {"x": x, "pointwise_kernel": kernel, "dy": dy}, {"dx": dx, "d_pointwise": d_kernel, "d_bias": d_bias}
+    )
 
 
 def separable_forward(g: Geometry, x, depthwise_kernel, pointwise_kernel, bias, out, clamp=UNBOUNDED) -> None:
@@ -61,7 +65,8 @@ def separable_forward(g: Geometry, x, depthwise_kernel, pointwise_kernel, bias, 
     def compute(x, depthwise_kernel, pointwise_kernel, bias, out, stream) -> None:
         tiers.run("separable_forward", g, filters, x, depthwise_kernel, pointwise_kernel, bias, out, clamp, stream)
 
-    memory.run(compute, (x, depthwise_kernel, pointwise_kernel, bias), (out,))
+    inputs = {"x": x, "depthwise_kernel": depthwise_kernel, "pointwise_kernel": pointwise_kernel, "bias": bias}
+    memory.run(compute, inputs, {"out": out})
 
 
 def separable_backward(
@@ -73,4 +78,6 @@ def separable_backward(
     def compute(*operands) -> None:
         tiers.run("separable_backward", g, filters, *operands)
 
-    memory.run(compute, (x, depthwise_kernel, pointwise_kernel, dy), (dx, d_depthwise, d_pointwise, d_bias))
+    inputs = {"x": x, "depthwise_kernel": depthwise_kernel, "pointwise_kernel": pointwise_kernel, "dy": dy}
+    gradients = {"dx": dx, "d_depthwise": d_depthwise, "d_pointwise": d_pointwise, "d_bias": d_bias}
+    memory.run(compute, inputs, gradients)

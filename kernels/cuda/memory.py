@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -57,53 +57,54 @@ def scratch(count: int, element: str, stream: Stream) -> Iterator[Operand]:
     if SIMULATED:
         yield Operand(SimulatedPointer(np.full(count, np.nan, dtype)), element)
         return
-    address = driver.allocate(count * dtype.itemsize, "intermediate results", stream)
+    address = driver.allocate(count * dtype.itemsize, "intermediate results, which grow with `x`", stream)
     try:
         yield Operand(address, element)
     finally:
         driver.free(address, stream)
 
 
-def run(body: Callable[..., None], inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
-    """`body(*operands, stream)`, the operands those of the inputs and outputs in this order; None stays None.
+def run(body: Callable[..., None], inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
+    """`body(*operands, stream)`, the operands those of the inputs and outputs, by name, in this order; None stays None.
 
     NumPy arrays are copied to the card and, for outputs, back: all is done when this returns. Arrays on the card
     (`device_array.DeviceArray`) are used where they are, on their stream: the work is only put there.
     """
-    arrays = [array for array in (*inputs, *outputs) if array is not None]
-    if not isinstance(arrays[0], np.ndarray):
-        stream = _stream_of(arrays[0])
+    arrays = (*inputs.values(), *outputs.values())
+    first = next(array for array in arrays if array is not None)
+    if not isinstance(first, np.ndarray):
+        stream = _stream_of(first)
         with driver.turned_to(stream.device):
-            body(*map(_operand_of, (*inputs, *outputs)), stream)
+            body(*map(_operand_of, arrays), stream)
     elif SIMULATED:
-        body(*(None if array is None else _simulated(array) for array in (*inputs, *outputs)), driver.own_stream())
+        body(*(None if array is None else _simulated(array) for array in arrays), driver.own_stream())
     else:
         with driver.turned_to(driver.device(0)):
             _run_copied(body, inputs, outputs)
 
 
-def _run_copied(body: Callable[..., None], inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+def _run_copied(body: Callable[..., None], inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
     stream = driver.own_stream()
     with contextlib.ExitStack() as held:
-        operands = [_copied(array, held, stream) for array in inputs]
-        targets = [_room_for(array, held, stream) for array in outputs]
+        operands = [_copied(name, array, held, stream) for name, array in inputs.items()]
+        targets = [_room_for(name, array, held, stream) for name, array in outputs.items()]
         body(*operands, *targets, stream)
-        for array, target in zip(outputs, targets, strict=True):
+        for array, target in zip(outputs.values(), targets, strict=True):
             if target is not None:
                 driver.copy_out(array.ctypes.data, target.pointer, array.nbytes, stream)
     driver.synchronize(stream, "Computing on the card")
 
 
-def _room_for(array: Any, held: contextlib.ExitStack, stream: Stream) -> Operand | None:
+def _room_for(name: str, array: Any, held: contextlib.ExitStack, stream: Stream) -> Operand | None:
     if array is None:
         return None
-    address = driver.allocate(array.nbytes, f"an array of shape {array.shape}", stream)
+    address = driver.allocate(array.nbytes, f"`{name}`, of shape {array.shape}", stream)
     held.callback(driver.free, address, stream)
     return Operand(address, array.dtype.name)
 
 
-def _copied(array: Any, held: contextlib.ExitStack, stream: Stream) -> Operand | None:
-    operand = _room_for(array, held, stream)
+def _copied(name: str, array: Any, held: contextlib.ExitStack, stream: Stream) -> Operand | None:
+    operand = _room_for(name, array, held, stream)
     if operand is not None:
         driver.copy_in(operand.pointer, array.ctypes.data, array.nbytes, stream)
     return operand

@@ -109,14 +109,33 @@ def test_every_backward_pass_gives_its_memory_back(double, arrays):
     assert not double.memory
 
 
-@pytest.mark.parametrize("which", range(1, 7))
-def test_out_of_memory_is_told_and_leaves_nothing_behind(double, arrays, which):
+ASKED_FOR = (
+    "`x`, of shape (2, 7, 6, 5)", "`depthwise_kernel`, of shape (3, 2, 5, 2)", "`pointwise_kernel`, of shape (10, 3)",
+    "`bias`, of shape (3,)", "`out`, of shape (2, 4, 6, 3)", "intermediate results, which grow with `x`",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("which", "what"), list(enumerate(ASKED_FOR, 1)))
+def test_out_of_memory_names_the_argument_and_leaves_nothing_behind(double, arrays, which, what):
     from fastsepconv.kernels import cuda
 
     double.fails["cuMemAllocAsync", which] = double.CUresult.CUDA_ERROR_OUT_OF_MEMORY
     y = np.empty((*G.output_shape[:3], 3), "float32")
-    with pytest.raises(RuntimeError, match=r"memory of card 0 \(A double\) has no room for the \d+ bytes of "):
+    message = rf"memory of card 0 \(A double\) has no room for the \d+ bytes of {re.escape(what)}\.$"
+    with pytest.raises(RuntimeError, match=message):
         cuda.separable_forward(G, *arrays.values(), y)
+    assert not double.memory
+
+
+@pytest.mark.parametrize(("which", "what"), list(enumerate(("dx", "d_depthwise", "d_pointwise", "d_bias"), 5)))
+def test_gradients_without_room_are_named(double, arrays, which, what):
+    from fastsepconv.kernels import cuda
+
+    double.fails["cuMemAllocAsync", which] = double.CUresult.CUDA_ERROR_OUT_OF_MEMORY
+    x, depthwise, pointwise, _ = arrays.values()
+    dy = np.ones((*G.output_shape[:3], 3), "float32")
+    with pytest.raises(RuntimeError, match=rf"has no room for the \d+ bytes of `{what}`, of shape"):
+        cuda.separable_backward(G, x, depthwise, pointwise, dy, *map(np.empty_like, arrays.values()))
     assert not double.memory
 
 
