@@ -31,6 +31,7 @@ def made(factory: Callable[..., TiledKernel], dtype: str, *tile: Any) -> Made:
         tiled.function,
         (dtype, *(part.name for part in tile)),
         tiled.signature.args,
+        tier="fast",
         launch_bounds=tiled.launch_bounds,
         instructions=tiled.architecture,
     )

@@ -60,6 +60,7 @@ class Kernel:
         elements: tuple[str, ...],
         parameters: tuple[types.Type, ...],
         *,
+        tier: str = "plain",
         launch_bounds: int | tuple[int, ...] | None = None,
         instructions: tuple[int, int] | tuple[int, int, str] | None = None,
     ) -> None:
@@ -68,6 +69,7 @@ class Kernel:
         Args:
             elements: names of elements; of a kernel with a tile, that of the tile behind them.
             parameters: the types of the function's parameters, in their order.
+            tier: "plain" or "fast", for the log.
             launch_bounds: the most threads of a block, or that and the least blocks of a multiprocessor.
             instructions: the capability whose instructions its PTX holds, on all cards; with a letter, such as
                 (9, 0, "a"), on cards of that capability alone; None: those of the card.
@@ -75,6 +77,7 @@ class Kernel:
         self.function = function
         self.name = f"{function.__name__}[{','.join(elements)}]"
         self.parameters = parameters
+        self.tier = tier
         self.launch_bounds = launch_bounds
         self.instructions = instructions
         if self.name in KERNELS:
@@ -123,7 +126,7 @@ class Kernel:
             driver.synchronize(stream, f"Running {self.name}")
 
     def _tell(self, blocks: int | tuple, threads: int | tuple) -> None:
-        log.debug("%s on %s blocks of %s threads", self.name, blocks, threads)
+        log.debug("%s of the %s tier on %s blocks of %s threads", self.name, self.tier, blocks, threads)
         for listener in list(listeners):
             listener(self.name)
 

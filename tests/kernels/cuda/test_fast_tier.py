@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 
 import numpy as np
 import pytest
@@ -54,6 +55,18 @@ def test_the_fast_tier_is_used_only_where_it_is_asked_for(card, ran, monkeypatch
         monkeypatch.setenv("FASTSEPCONV_CUDA_TIER", setting or "")
         cuda.pointwise_forward(*arrays[:2], None, arrays[2])
         assert ran.pop() == f"pointwise_forward[float32,{used}]"
+
+
+def test_the_log_tells_which_tier_ran(card, caplog):
+    """In the fast tier a separable step without a window in registers is a plain kernel, and said to be one."""
+    g = resolve((1, 5, 5, 8), (5, 5, 8, 1), (1, 1), "same", (1, 1))
+    arrays = [on_card(card, shape) for shape in (g.input_shape, g.kernel_shape, (8, 8))]
+    with caplog.at_level(logging.DEBUG, "fastsepconv.cuda"):
+        cuda.separable_forward(g, *arrays, None, on_card(card, g.output_shape))
+    assert [message.split(" on ")[0] for message in caplog.messages] == [
+        "depthwise_forward[float32,float32,float32] of the plain tier",
+        "pointwise_forward[float32,small] of the fast tier",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -239,7 +239,9 @@ def test_what_ran_is_logged_and_told(double, caplog):
     finally:
         launch.listeners.remove(ran.append)
     assert ran == ["pointwise_forward[bfloat16,bfloat16,bfloat16]"]
-    assert caplog.messages == ["pointwise_forward[bfloat16,bfloat16,bfloat16] on 1 blocks of 256 threads"]
+    assert caplog.messages == [
+        "pointwise_forward[bfloat16,bfloat16,bfloat16] of the plain tier on 1 blocks of 256 threads"
+    ]
 
 
 def test_two_kernels_of_one_name_are_refused(toolkit):
