@@ -10,6 +10,7 @@ from typing import NamedTuple
 LEAST_CAPABILITY = (8, 0)  # what the kernels are compiled and assembled for at least
 _MAJOR, _MINOR = 75, 76  # the driver's numbers for the halves of a card's compute capability
 _NO_CARD = 100
+_BRINGS_IT = "which the extra `fastsepconv[cuda13]` brings (or `fastsepconv[cuda12]`)"
 
 
 class Card(NamedTuple):
@@ -57,7 +58,7 @@ def obstacle() -> str | None:
     if is_simulated():
         return None
     if find_spec("numba_cuda") is None:
-        return "numba-cuda is not installed, which the extra `fastsepconv[cuda13]` brings (or `fastsepconv[cuda12]`)"
+        return f"numba-cuda is not installed, {_BRINGS_IT}"
     driver, cards = look()
     if driver == "none":
         return "there is no NVIDIA driver (libcuda cannot be loaded)"
@@ -65,7 +66,21 @@ def obstacle() -> str | None:
         return f"no card is seen (the NVIDIA driver is {driver})"
     if cards[0].capability < LEAST_CAPABILITY:
         return f"the card, {cards[0]}, is too old: compute capability {_dotted(LEAST_CAPABILITY)} or newer is needed"
+    if not _finds_compiler():
+        return f"numba-cuda does not find NVIDIA's compiler, NVVM, {_BRINGS_IT}; CUDA_HOME names a toolkit elsewhere"
     return None
+
+
+def _finds_compiler() -> bool:
+    """Whether numba-cuda finds what turns its kernels into PTX: a library, and another of functions for cards."""
+    try:
+        from numba.cuda.cudadrv.libs import get_libdevice
+        from numba.cuda.cudadrv.nvvm import NVVM
+
+        NVVM()
+        return get_libdevice() is not None
+    except Exception:  # of many kinds, as numba-cuda's version and what is missing have it
+        return False
 
 
 def _dotted(capability: tuple[int, int]) -> str:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from numba import cuda, types
+from numba.cuda.cuda_paths import get_cuda_paths
 
 from .. import cache_folder
 
@@ -80,12 +81,10 @@ def entry_of(text: str) -> str:
 def assembled(text: str, target: str) -> Binary:
     """PTX as machine code; as it is, for the driver to assemble, where NVIDIA's linker is not installed."""
     entry = entry_of(text)
-    try:
-        from cuda.bindings import nvjitlink
-
-        nvjitlink.version()
-    except (ImportError, RuntimeError):
+    if _linker_version() is None:
         return Binary(entry, text.encode() + b"\0")
+    from cuda.bindings import nvjitlink
+
     link = nvjitlink.create(1, [f"-arch={target}"])
     try:
         code = text.encode()
@@ -116,7 +115,31 @@ def _state() -> str | None:
     for package in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions.append((package, importlib.metadata.version(package)))
-    return _digest(repr((platform.python_version(), versions, sources)).encode())
+    try:
+        toolkit = _toolkit()
+    except Exception:  # of many kinds, where there is none: nothing will be compiled either
+        return None
+    return _digest(repr((platform.python_version(), versions, toolkit, sources)).encode())
+
+
+def _toolkit() -> list:
+    """What tells one toolkit from another, also where it comes from no package: its compiler's parts, and its linker.
+
+    A part is a file's name and size.
+    """
+    paths = get_cuda_paths()
+    files = [Path(paths[part].info) for part in ("nvvm", "libdevice")]
+    return [*((file.name, file.stat().st_size) for file in files), _linker_version()]
+
+
+def _linker_version() -> tuple[int, ...] | None:
+    """That of NVIDIA's linker; None where it is not installed."""
+    try:
+        from cuda.bindings import nvjitlink
+
+        return nvjitlink.version()
+    except (ImportError, RuntimeError):
+        return None
 
 
 def _sources(place: Path) -> list[Path]:

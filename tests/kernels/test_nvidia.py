@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sys
+import types
 
 import pytest
 
@@ -79,8 +81,35 @@ def test_the_obstacle_is_one_sentence(monkeypatch, found, installed, simulated, 
     monkeypatch.setattr(nvidia, "look", lambda: found)
     monkeypatch.setattr(nvidia, "find_spec", lambda name: object() if installed else None)
     monkeypatch.setattr(nvidia, "is_simulated", lambda: simulated)
+    monkeypatch.setattr(nvidia, "_finds_compiler", lambda: True)
     told = nvidia.obstacle()
     if sentence is None:
         assert told is None
     else:
         assert re.match(sentence, told) and not told.endswith(".")
+
+
+@pytest.mark.parametrize("missing", ["the library", "its functions", "nothing"])
+def test_a_compiler_that_is_not_found_is_told(monkeypatch, missing):
+    def load():
+        if missing == "the library":
+            raise RuntimeError('Failure finding "libnvvm.so"')
+
+    nvvm, libs = types.ModuleType("nvvm"), types.ModuleType("libs")
+    nvvm.NVVM = load
+    libs.get_libdevice = lambda: None if missing == "its functions" else "libdevice.10.bc"
+    for module in (nvvm, libs):
+        monkeypatch.setitem(sys.modules, f"numba.cuda.cudadrv.{module.__name__}", module)
+    monkeypatch.setattr(nvidia, "look", lambda: ("for CUDA 13.0", [NEW]))
+    monkeypatch.setattr(nvidia, "find_spec", lambda name: object())
+    monkeypatch.setattr(nvidia, "is_simulated", lambda: False)
+    told = nvidia.obstacle()
+    if missing == "nothing":
+        assert told is None
+    else:
+        assert re.match(r"numba-cuda does not find NVIDIA's compiler, NVVM, .*cuda13.*CUDA_HOME", told)
+
+
+def test_the_compiler_is_found_here():
+    pytest.importorskip("numba_cuda", reason="pip install 'fastsepconv[cuda13]'")
+    assert nvidia._finds_compiler()

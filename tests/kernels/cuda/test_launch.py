@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -224,6 +225,31 @@ def test_another_state_of_the_sources_or_versions_has_a_folder_of_its_own(double
     monkeypatch.undo()
     binaries._state.cache_clear()
     assert len({usual.name, other_version.name, other_sources.name}) == 3
+
+
+def test_another_toolkit_has_a_folder_of_its_own_even_if_no_package_brought_it(double, monkeypatch, tmp_path):
+    from types import SimpleNamespace
+
+    from fastsepconv.kernels.cuda import binaries
+
+    def folder():
+        binaries._state.cache_clear()
+        return binaries.folder()
+
+    parts = {name: SimpleNamespace(info=str(tmp_path / name)) for name in ("nvvm", "libdevice")}
+    monkeypatch.setattr(binaries, "get_cuda_paths", lambda: parts)
+    for part in parts.values():
+        Path(part.info).write_bytes(b"one")
+    first, again = folder(), folder()
+    Path(parts["nvvm"].info).write_bytes(b"another")
+    other_compiler = folder()
+    monkeypatch.setattr(binaries, "_linker_version", lambda: (99, 1))
+    other_linker = folder()
+    Path(parts["libdevice"].info).unlink()
+    assert folder() is None, "what cannot be told from others is not kept"
+    monkeypatch.undo()
+    binaries._state.cache_clear()
+    assert first == again and len({first, other_compiler, other_linker}) == 3
 
 
 def test_what_ran_is_logged_and_told(double, caplog):
