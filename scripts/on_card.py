@@ -14,8 +14,10 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -24,8 +26,11 @@ TREE = ROOT / "build" / "on-card"
 LEDGER = ROOT / "build" / "cuda-ledger.jsonl"
 INSIDE = {"kernels": "kernels", "bench": "bench"}  # folders that are installed inside the package, by their names there
 TESTS = ("kernels/cuda/test_*on_card*.py", "bridge/test_*on_card*.py")
-WORKERS = 4
-TEST_SECONDS, QUICK_SECONDS = 390, 200  # ten minutes in all; a race that is cut off has saved what it knows
+WARM_UP = ("-m", "tests.kernels.cuda.warm_up")
+MISSING = 4  # the exit code of what cannot run here
+WORKERS = max(2, min(8, (os.cpu_count() or 2) // 2))
+# Ten minutes in all. A race that is cut off has saved what it knows; tests tell what has failed so far, given a while.
+TEST_SECONDS, QUICK_SECONDS, LAST_WORDS_SECONDS = 370, 190, 15
 
 
 def lay_out(tree: Path = TREE) -> Path:
@@ -50,32 +55,55 @@ def environment(tree: Path) -> dict[str, str]:
     paths = [str(tree), *filter(None, [os.environ.get("PYTHONPATH")])]
     settings = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
     defaults = {"CUDA_VISIBLE_DEVICES": "0", "KERAS_BACKEND": "torch", "FASTSEPCONV_CUDA_TIER": "fast"}
-    return {**defaults, **os.environ, **settings}
+    found = None if os.environ.get("CUDA_PATH") else toolkit()
+    return {**defaults, **({"CUDA_HOME": found} if found else {}), **os.environ, **settings}
+
+
+def toolkit() -> str | None:
+    """The folder of an installed CUDA toolkit, where numba-cuda looks for its compiler if no wheel has brought that."""
+    compiler = shutil.which("nvcc")
+    places = [*([Path(compiler).resolve().parents[1]] if compiler else []), Path("/usr/local/cuda")]
+    return next((str(place) for place in places if (place / "nvvm").is_dir()), None)
 
 
 def test(settings: dict[str, str], arguments: list[str]) -> int:
-    """Run the tests that want a card, and write down what passed. A worker whose card hangs on an error is replaced."""
+    """Run the tests that want a card, and write down what passed. A worker whose card hangs on an error is replaced.
+
+    First all kernels are compiled, on all cores; where nothing can be tested, that says so, and no test begins.
+    """
     LEDGER.unlink(missing_ok=True)
+    end = time.monotonic() + TEST_SECONDS
+    # Each worker computes what is true; as many threads in every one of them would only get in each other's way.
+    settings = {"OMP_NUM_THREADS": "2", "OPENBLAS_NUM_THREADS": "2", **settings}
+    ready = run(settings, [*WARM_UP], TEST_SECONDS / 3)
+    if ready == MISSING:
+        return MISSING
     # PyTorch's deterministic mode, by which new memory is full of NaN, wants cuBLAS's workspace to be fixed.
     settings = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", **settings, "FASTSEPCONV_CUDA_LEDGER": str(LEDGER)}
     files = [str(file) for pattern in TESTS for file in sorted((ROOT / "tests").glob(pattern))]
-    command = ["-m", "pytest", "-m", "cuda", "-p", "no:cacheprovider", "--durations=10", *files]
+    command = ["-m", "pytest", "-m", "cuda", "-p", "no:cacheprovider", "--tb=short", "--durations=10", *files]
     if importlib.util.find_spec("xdist"):
         command += ["-n", str(WORKERS), "--dist=worksteal", f"--max-worker-restart={2 * WORKERS}"]
     else:
         print("pytest-xdist is missing: if a kernel fails so that the card has to be left, later tests fail too.")
-    code = run(settings, command + arguments, TEST_SECONDS)
+    code = run(settings, command + arguments, end - time.monotonic())
     written = run(settings, ["-m", "fastsepconv.bench.cuda_status", "--ledger", str(LEDGER)])
-    return code or written
+    return ready or code or written
 
 
 def run(settings: dict[str, str], command: list[str], seconds: float | None = None) -> int:
-    """The exit code of this Python with that command; 1 where it takes longer."""
-    try:
-        return subprocess.run([sys.executable, *command], cwd=ROOT, env=settings, timeout=seconds).returncode
-    except subprocess.TimeoutExpired:
-        print(f"Stopped after {seconds:.0f} s: {' '.join(command)}", file=sys.stderr)
-        return 1
+    """The exit code of this Python with that command; 1 where it takes longer: it is interrupted, then ended."""
+    with subprocess.Popen([sys.executable, *command], cwd=ROOT, env=settings) as process:
+        try:
+            return process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            print(f"Stopped after {seconds:.0f} s: {' '.join(command)}", file=sys.stderr, flush=True)
+            process.send_signal(signal.SIGINT)
+        try:
+            process.wait(LAST_WORDS_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+    return 1
 
 
 def main(what: str, *arguments: str) -> int:

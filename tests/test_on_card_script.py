@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import subprocess
 import sys
+import time
 import tomllib
 import zipfile
 from pathlib import Path
@@ -81,6 +83,54 @@ def test_a_card_is_in_sight_and_the_users_choice_goes_first(script, monkeypatch)
 def test_a_command_that_takes_too_long_is_stopped(script, capsys):
     assert script.run(dict(script.os.environ), ["-c", "import time; time.sleep(60)"], 0.5) == 1
     assert "Stopped after" in capsys.readouterr().err
+
+
+def test_a_command_that_does_not_heed_an_interrupt_is_ended(script, monkeypatch):
+    monkeypatch.setattr(script, "LAST_WORDS_SECONDS", 0.5)
+    deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
+    began = time.monotonic()
+    assert script.run(dict(script.os.environ), ["-c", deaf], 1) == 1
+    assert time.monotonic() - began < 30
+
+
+def test_tests_that_take_too_long_tell_what_has_failed(script, tmp_path, capfd):
+    """Without that, a failure at the beginning would be lost with the time that the others took."""
+    slow = tmp_path / "test_slow.py"
+    slow.write_text("import time\ndef test_wrong(): assert 1 == 2\ndef test_slow(): time.sleep(60)\n")
+    command = ["-m", "pytest", "-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", str(tmp_path), str(slow)]
+    assert script.run(dict(script.os.environ), command, 8) == 1
+    assert "assert 1 == 2" in capfd.readouterr().out
+
+
+def test_the_time_of_all_is_ten_minutes(script):
+    assert script.TEST_SECONDS + script.QUICK_SECONDS + 2 * script.LAST_WORDS_SECONDS <= 590
+
+
+@pytest.mark.parametrize("found", ["on the path", "nowhere", "no compiler in it"])
+def test_numba_is_told_where_the_toolkit_is(script, monkeypatch, tmp_path, found):
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(variable, raising=False)
+    compiler = tmp_path / "cuda" / "bin" / "nvcc"
+    compiler.parent.mkdir(parents=True)
+    compiler.touch()
+    if found == "on the path":
+        (tmp_path / "cuda" / "nvvm").mkdir()
+    monkeypatch.setattr(script.shutil, "which", lambda name: None if found == "nowhere" else str(compiler))
+    told = script.environment(Path("tree")).get("CUDA_HOME")
+    if found == "on the path":
+        assert told == str(compiler.parents[1])
+        monkeypatch.setenv("CUDA_HOME", "the user's")
+        assert script.environment(Path("tree"))["CUDA_HOME"] == "the user's"
+    else:
+        assert told in (None, "/usr/local/cuda")
+
+
+@pytest.mark.skipif(nvidia.obstacle() is None, reason="there is a card here")
+def test_without_a_card_no_test_begins():
+    done = run("test")
+    assert done.returncode == 4, done.stdout + done.stderr
+    assert "The CUDA kernels cannot be tested here: " in done.stdout and "Python 3." in done.stdout
+    assert " passed" not in done.stdout and "skipped" not in done.stdout
 
 
 @pytest.mark.skipif(nvidia.obstacle() is None, reason="there is a card here")

@@ -1,0 +1,65 @@
+"""What `make test-cuda` does before its tests: every kernel is compiled, on several cores, and kept on the disk."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("numba_cuda", reason="pip install 'fastsepconv[cuda13]'")
+
+
+@pytest.fixture
+def warm_up(toolkit):
+    from tests.kernels.cuda import warm_up
+
+    return warm_up
+
+
+def test_every_kernel_of_both_tables_is_compiled(warm_up):
+    """Those that are made but for a ReLU before them, which no operation asks for yet, are left out."""
+    here = Path(__file__).parent
+    plain = json.loads((here / "assembly.json").read_text())
+    fast = [name for name in json.loads((here / "fast_assembly.json").read_text())["kernels"] if "relu" not in name]
+    names = [kernel.name for kernel in warm_up.kernels()]
+    assert set(plain) <= set(names) and len(names) == len(set(names))
+    found = [kernel for kernel in warm_up.kernels() if kernel.tier == "fast"]
+    strided = [kernel for kernel in found if kernel.name.startswith("separable") and "_s2_" in kernel.name]
+    assert len(found) - len(strided) == len(fast), "the fused kernels of stride 2 are in no table"
+
+
+def test_processes_share_the_work_and_keep_it_for_who_asks_next(double, warm_up, capsys):
+    from fastsepconv.kernels.cuda import binaries
+
+    few = [place for place, kernel in enumerate(warm_up.kernels()) if kernel.tier == "plain"][:3]
+    assert warm_up.compile_all(few, (9, 0), 2) == warm_up.OK
+    assert re.match(r"3 of 3 kernels are compiled, after \d+ s\.", capsys.readouterr().out)
+    before = dict(binaries.counts)
+    for place in few:
+        binaries.get(warm_up.kernels()[place], (9, 0))
+    assert binaries.counts == {**before, "loaded": before["loaded"] + 3}
+
+
+def test_what_does_not_compile_is_named(double, warm_up, monkeypatch):
+    from fastsepconv.kernels.cuda import binaries
+
+    monkeypatch.setattr(binaries, "get", lambda *arguments: 1 / 0)
+    assert re.match(r"\w+\[.*\] does not compile: ZeroDivisionError", warm_up.compiled((0, (9, 0))))
+
+
+def test_the_first_call_is_checked(warm_up, monkeypatch):
+    import fastsepconv
+
+    right = fastsepconv.pointwise_conv2d
+    monkeypatch.setattr(
+        fastsepconv, "pointwise_conv2d", lambda x, kernel, backend: right(x, kernel, backend="reference")
+    )
+    assert warm_up.first_call() == 0
+    monkeypatch.setattr(
+        fastsepconv, "pointwise_conv2d",
+        lambda x, kernel, backend: right(x, kernel, backend="reference") * (1 + (backend == "cuda")),
+    )  # fmt: skip
+    with pytest.raises(ArithmeticError, match="a product is off by"):
+        warm_up.first_call()

@@ -1,0 +1,137 @@
+"""What a machine with a card has, one call on it, and all kernels compiled for it on all cores, before the tests begin.
+
+`make test-cuda` starts with `python -m tests.kernels.cuda.warm_up`: what is missing shows within seconds, and the tests
+find every kernel on the disk. Exit codes: 0; 1 where a kernel does not compile; 4 where nothing can be tested here.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import itertools
+import multiprocessing
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from functools import cache
+
+import numpy as np
+
+from fastsepconv.kernels import nvidia
+
+OK, NOT_COMPILED, MISSING = 0, 1, 4
+PACKAGES = (
+    "numpy", "numba", "llvmlite", "numba-cuda", "cuda-bindings", "nvidia-nvvm", "nvidia-nvjitlink", "torch", "keras",
+    "ml_dtypes", "pytest", "pytest-xdist",
+)  # fmt: skip
+
+
+def main() -> int:
+    """Tell, try, compile; returns the exit code."""
+    say(described())
+    missing = nvidia.obstacle()
+    if missing:
+        say(f"The CUDA kernels cannot be tested here: {missing}.")
+        return MISSING
+    try:
+        error = first_call()
+    except Exception as failure:
+        say(f"The first call on the card failed: {type(failure).__name__}: {failure}")
+        return MISSING
+    say(f"The first call on the card is off by {error:.1e} of the largest value.")
+    return compile_all(range(len(kernels())), _capability(), os.cpu_count() or 1)
+
+
+def described() -> str:
+    """The card, the driver, and the versions of what is installed."""
+    driver, cards = nvidia.look()
+    versions = [f"Python {platform.python_version()}"]
+    for package in PACKAGES:
+        try:
+            versions.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            versions.append(f"no {package}")
+    found = ", ".join(map(str, cards)) or "no card"
+    toolkit = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "not set"
+    return f"{found}, driver {driver}, CUDA_HOME {toolkit}; {', '.join(versions)}"
+
+
+def first_call() -> float:
+    """How far a small product by the plain kernels is off, as a share of the largest value."""
+    import fastsepconv
+
+    x, kernel = np.random.default_rng(0).standard_normal((2, 3, 3, 9)), np.eye(9, 5) + 0.5
+    y = fastsepconv.pointwise_conv2d(x, kernel, backend="cuda")
+    true = fastsepconv.pointwise_conv2d(x, kernel, backend="reference")
+    error = float(np.abs(y - true).max() / np.abs(true).max())
+    if not error < 1e-12:
+        raise ArithmeticError(f"a product is off by {error} of its largest value")
+    return error
+
+
+def compile_all(places: Sequence[int], capability: tuple[int, int], processes: int) -> int:
+    """Compile those of the kernels that are not on the disk yet; returns the exit code."""
+    began, count = time.monotonic(), len(places)
+    work = [(place, capability) for place in places]
+    with multiprocessing.get_context("spawn").Pool(min(processes, count)) as pool:
+        failures = [failure for failure in pool.imap_unordered(compiled, work) if failure]
+    for failure in failures:
+        say(failure)
+    say(f"{count - len(failures)} of {count} kernels are compiled, after {time.monotonic() - began:.0f} s.")
+    return NOT_COMPILED if failures else OK
+
+
+def compiled(work: tuple[int, tuple[int, int]]) -> str | None:
+    """Compile the kernel of that place in the list; what went wrong, if anything did."""
+    from fastsepconv.kernels.cuda import binaries
+
+    place, capability = work
+    kernel = kernels()[place]
+    try:
+        binaries.get(kernel, capability)
+    except Exception as failure:
+        return f"{kernel.name} does not compile: {type(failure).__name__}: {failure}"
+    return None
+
+
+@cache
+def kernels() -> list:
+    """Every kernel of both tiers, those that take longest first."""
+    from .assembly import kernels as plain
+
+    return [*fast_kernels(), *plain()]
+
+
+def fast_kernels() -> Iterator:
+    """The fast tier's, as its operations make them."""
+    from fastsepconv.kernels.cuda import depthwise_window, partial_sums, pointwise_tensor, separable_rows, tiles
+    from fastsepconv.kernels.cuda.fast_kernels import ELEMENTS, made
+
+    for dtype, gemm in itertools.product(("bfloat16", "float16"), tiles.SEPARABLE_GEMMS):
+        for window in tiles.WINDOWS[dtype].values():
+            yield made(separable_rows.forward, dtype, tiles.SeparableTile(gemm, window)).kernel
+    for dtype in ELEMENTS:
+        yield made(depthwise_window.backward, dtype, tiles.GRADIENT_WINDOW).kernel
+        for window in tiles.WINDOWS[dtype].values():
+            yield made(depthwise_window.forward, dtype, window).kernel
+    makers = pointwise_tensor.forward, pointwise_tensor.input_gradient, pointwise_tensor.kernel_gradient
+    for dtype, found in tiles.POINTWISE.items():
+        for tile, make in itertools.product(found, makers):
+            yield made(make, dtype, tile).kernel
+    for dtype in ELEMENTS:
+        yield made(partial_sums.add_partials, dtype).kernel
+
+
+def _capability() -> tuple[int, int]:
+    from fastsepconv.kernels.cuda import driver
+
+    return driver.device(0).capability
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
