@@ -11,6 +11,7 @@ links in build/on-card/ do.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shutil
@@ -30,7 +31,7 @@ WARM_UP = ("-m", "tests.kernels.cuda.warm_up")
 MISSING = 4  # the exit code of what cannot run here
 WORKERS = max(2, min(8, (os.cpu_count() or 2) // 2))
 # Ten minutes in all. A race that is cut off has saved what it knows; tests tell what has failed so far, given a while.
-TEST_SECONDS, QUICK_SECONDS, LAST_WORDS_SECONDS = 370, 190, 15
+TEST_SECONDS, QUICK_SECONDS, LAST_WORDS_SECONDS = 355, 190, 20
 
 
 def lay_out(tree: Path = TREE) -> Path:
@@ -92,18 +93,23 @@ def test(settings: dict[str, str], arguments: list[str]) -> int:
 
 
 def run(settings: dict[str, str], command: list[str], seconds: float | None = None) -> int:
-    """The exit code of this Python with that command; 1 where it takes longer: it is interrupted, then ended."""
-    with subprocess.Popen([sys.executable, *command], cwd=ROOT, env=settings) as process:
-        try:
-            return process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            print(f"Stopped after {seconds:.0f} s: {' '.join(command)}", file=sys.stderr, flush=True)
-            process.send_signal(signal.SIGINT)
-        try:
+    """The exit code of this Python with that command; 1 where it takes longer.
+
+    Then it is interrupted, and after its last words ended, with all that it has started: what runs on would disturb.
+    """
+    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=settings, process_group=0)
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        print(f"Stopped after {seconds:.0f} s: {' '.join(command)}", file=sys.stderr, flush=True)
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(LAST_WORDS_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-    return 1
+        return 1
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def main(what: str, *arguments: str) -> int:

@@ -32,6 +32,18 @@ def rng(request) -> np.random.Generator:
     return np.random.default_rng(zlib.crc32(request.node.nodeid.encode()))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes long is spread over the list: each of several workers begins a stretch of it, and none ends with that.
+
+    The others keep their order, in which neighbours share results.
+    """
+    long = [item for item in items if item.get_closest_marker("takes_long")]
+    others = [item for item in items if not item.get_closest_marker("takes_long")]
+    ends = [len(others) * (i + 1) // len(long) for i in range(len(long))]
+    if long:
+        items[:] = [one for i, item in enumerate(long) for one in (item, *others[(0, *ends)[i] : ends[i]])]
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """What needs a card is skipped without one, and says what is missing."""
     if item.get_closest_marker("cuda"):

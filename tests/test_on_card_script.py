@@ -11,10 +11,13 @@ import time
 import tomllib
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from fastsepconv.kernels import nvidia
+
+from . import conftest
 
 ROOT = Path(__file__).parents[1]
 MARK = re.compile(r"^pytestmark = pytest\.mark\.cuda", re.MULTILINE)
@@ -93,6 +96,16 @@ def test_a_command_that_does_not_heed_an_interrupt_is_ended(script, monkeypatch)
     assert time.monotonic() - began < 30
 
 
+def test_nothing_that_a_command_has_started_runs_on(script, tmp_path):
+    file = tmp_path / "alive"
+    child = f"import time\nfor i in range(200): open({str(file)!r}, 'w').write(str(i)); time.sleep(0.1)"
+    code = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
+    assert script.run(dict(script.os.environ), ["-c", code], 2) == 1
+    last = file.read_text()
+    time.sleep(0.5)
+    assert file.read_text() == last
+
+
 def test_tests_that_take_too_long_tell_what_has_failed(script, tmp_path, capfd):
     """Without that, a failure at the beginning would be lost with the time that the others took."""
     slow = tmp_path / "test_slow.py"
@@ -100,6 +113,16 @@ def test_tests_that_take_too_long_tell_what_has_failed(script, tmp_path, capfd):
     command = ["-m", "pytest", "-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", str(tmp_path), str(slow)]
     assert script.run(dict(script.os.environ), command, 8) == 1
     assert "assert 1 == 2" in capfd.readouterr().out
+
+
+def test_what_takes_long_is_begun_first_by_some_worker():
+    """Each of pytest-xdist's workers gets a stretch of the list."""
+    long, short = SimpleNamespace(get_closest_marker=bool), SimpleNamespace(get_closest_marker=lambda name: None)
+    items = [*[short] * 7, *[long] * 3, *[short] * 2]
+    conftest.pytest_collection_modifyitems(items)
+    assert [item is long for item in items] == [True, *[False] * 3] * 3
+    conftest.pytest_collection_modifyitems(only_short := [short] * 3)
+    assert only_short == [short] * 3
 
 
 def test_the_time_of_all_is_ten_minutes(script):

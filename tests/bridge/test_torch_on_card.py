@@ -136,6 +136,7 @@ def test_tensors_on_two_devices_are_told_apart_and_the_card_goes_on(rng):
     assert bridge.separable_conv2d(*inputs).isfinite().all()
 
 
+@pytest.mark.takes_long
 @pytest.mark.parametrize("tier", TIERS)
 def test_the_demo_trains_xception_to_its_accuracy(tmp_path, tier):
     """`fastsepconv demo`, whole, with Keras on PyTorch on the card: no kernel of the CPU runs, and it learns."""

@@ -38,6 +38,7 @@ def run(*command: str, **settings: str) -> subprocess.CompletedProcess:
     )  # fmt: skip
 
 
+@pytest.mark.takes_long
 @pytest.mark.parametrize("group", GROUPS)
 def test_what_the_simulator_computes_a_card_computes_too(group):
     if group != "the kernels" and not find_spec("tensorflow"):
@@ -119,6 +120,7 @@ def test_out_of_memory_is_told_and_the_card_goes_on(arrays):
     fastsepconv.separable_conv2d(*arrays, backend="cuda")
 
 
+@pytest.mark.takes_long
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
 @pytest.mark.skipif(not shutil.which(SANITIZER), reason=f"{SANITIZER} is not on the PATH")
 def test_small_cases_are_clean(tool):
