@@ -12,7 +12,9 @@ from .tiles import Launch, TiledKernel
 
 ELEMENTS = ("float32", "bfloat16", "float16")
 ALIGNMENT = 16  # bytes: the widest access
-MOST_ELEMENTS = 2**31 - 1  # of an array, whose sizes kernels take in 32 bits
+# Of an array, whose sizes kernels take in 32 bits. Those count rows a few tiles past the last one, of which an array of
+# one column has as many as elements.
+MOST_ELEMENTS = 2**31 - 2**10
 LONGEST_ROW = 2**23  # elements: the 128 rows of a tile are told apart in 32 bits
 
 

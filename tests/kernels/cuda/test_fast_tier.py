@@ -226,13 +226,27 @@ def test_windows_that_are_the_plain_kernels(card, ran, call):
 def test_sizes_that_cannot_be_counted_in_32_bits_are_the_plain_kernels(card):
     from fastsepconv.kernels.cuda import fast_depthwise, fast_pointwise
 
-    assert fast_pointwise.fits(2**27 - 1, 16, 8, "float32")
+    assert fast_pointwise.fits(2**27 - 2**6, 16, 8, "float32")
     assert not fast_pointwise.fits(2**27, 16, 8, "float32")
     assert not fast_pointwise.fits(1, 2**24, 8, "float32")
     assert not fast_pointwise.fits(0, 16, 8, "float32")
     for batch, served in ((2**20 - 1, True), (2**20, False), (0, False)):
         g = resolve((batch, 16, 16, 8), (3, 3, 8, 1), (1, 1), "same", (1, 1))
         assert (fast_depthwise.forward_tile(g, "float32") is not None) is served
+
+
+def test_whatever_fits_is_counted_in_32_bits_by_every_kernel(card):
+    """Rows of one number, as many as there may be: the places that a kernel counts past the last one are positive."""
+    from fastsepconv.kernels.cuda import fast_kernels, fast_pointwise, tiles
+
+    rows = fast_kernels.MOST_ELEMENTS
+    assert fast_pointwise.fits(rows, 1, 1, "float32") and not fast_pointwise.fits(2**31 - 1, 1, 1, "float32")
+    for element, found in tiles.POINTWISE.items():
+        for tile in found:
+            stage = 64 // tiles.ITEMSIZE[element]  # places of the depth
+            share = tiles.kernel_gradient_share(tile, 1, 1, rows)
+            assert rows + tile.stages * stage + max(tile.rows, tile.columns) < 2**31
+            assert -(-rows // share) <= 65535, "of a grid's second size there is no more"
 
 
 def test_an_empty_batch_is_the_plain_kernels(card, ran):
