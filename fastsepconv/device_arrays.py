@@ -90,6 +90,13 @@ def read(name: str, value: Any, stream: int | None = None) -> DeviceArray:
     return DeviceArray(address, shape, strides, Dtype(dtype), device, stream or own_stream, writable, value)
 
 
+def activate(name: str, x: DeviceArray, y: DeviceArray) -> None:
+    """Fill y with the activation of that name, none of those that only cut off, of x, on their stream."""
+    from .kernels.cuda import activations
+
+    activations.run(name, x, y)
+
+
 def for_kernels(arrays: dict[str, DeviceArray]) -> dict[str, DeviceArray]:
     """The arrays of a call, images as channels-last views, as kernels take them: contiguous, all of them."""
     return {name: _contiguous_one(name, array) for name, array in arrays.items()}

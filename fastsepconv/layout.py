@@ -66,6 +66,11 @@ def working_dtype(dtype: np.dtype) -> np.dtype:
     return np.dtype("float64" if dtype == np.float64 else "float32")
 
 
+def is_half(dtype) -> bool:
+    """Whether kernels hold sums of this dtype, NumPy's or one on a card, in a wider one."""
+    return dtype.name in ("float16", "bfloat16")
+
+
 def for_kernels(arrays: dict[str, np.ndarray], dtype: np.dtype) -> dict[str, np.ndarray]:
     """The arrays as kernels take them, in the dtype that these compute in; copies only where they have to be."""
     return {name: array if _fits(array, dtype) else _copy(name, array, dtype) for name, array in arrays.items()}

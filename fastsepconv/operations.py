@@ -88,19 +88,19 @@ class PointwiseDepthwise(NamedTuple):
     def backward(self, kernels, a: Arrays, d: Arrays) -> None:
         """Fill the gradients d; the middle is computed again."""
         mid = self._mid(kernels, a)
-        d_mid = _between(a["x"], self.g.input_shape)
+        d_mid = between(a["x"], self.g.input_shape)
         dy, kernel = a["dy"], a["depthwise_kernel"]
         kernels.depthwise_backward(self.g, mid, kernel, dy, d_mid, d["depthwise_kernel"], d["bias"])
         x, kernel = _rows(a["x"]), _matrix(a["pointwise_kernel"])
         kernels.pointwise_backward(x, kernel, _rows(d_mid), _rows(d["x"]), _matrix(d["pointwise_kernel"]), None)
 
     def _mid(self, kernels, a: Arrays) -> np.ndarray:
-        mid = _between(a["x"], self.g.input_shape)
+        mid = between(a["x"], self.g.input_shape)
         kernels.pointwise_forward(_rows(a["x"]), _matrix(a["pointwise_kernel"]), None, _rows(mid), NO_CLAMP)
         return mid
 
 
-def _between(x, shape: tuple[int, ...]):
+def between(x, shape: tuple[int, ...]):
     """Room for what lies between two steps, beside x; on a card, where halves stay halves, in their sums' dtype."""
     if isinstance(x, np.ndarray):
         return layout.empty(shape, x.dtype)

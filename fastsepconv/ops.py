@@ -63,7 +63,7 @@ def separable_conv2d(
         activation: None, the name of an element-wise activation of Keras ("relu", "gelu", ...), or a function that
             is given the output (float32 for half types) in `data_format` and returns an array of the same shape.
         backend: "auto", "cpu", "cuda" or "reference", for this call; None for what `set_backend` chose.
-        out: an array of the result's shape and dtype to write to. It may overlap the inputs.
+        out: an array of the result's shape and dtype to write to. It may overlap the inputs, but for arrays on a card.
 
     Returns:
         `[N,P,Q,F]`, or `[N,F,P,Q]`: `out` where that is given, else a new C-contiguous array.
@@ -292,17 +292,21 @@ def _backward(operation, arrays, data_format, backend) -> tuple[np.ndarray, ...]
 def _forward_on_card(operation, arrays, data_format, activation, backend, out):
     kernels = dispatch.kernels_on_card(backend)
     clamp, function = activations.get(activation)
-    if function is not None and not (callable(activation) and out is None):
-        expected = f"None, {', '.join(activations.CLAMPS)}, or without `out` a function of an array on a card"
+    if callable(activation) and out is not None:
+        expected = "None or a name, or without `out` a function of an array on a card"
         raise checks.invalid("activation", expected, activation)
     x, shape = arrays["x"], operation.output_shape
     if "bias" in arrays:
         checks.shape("bias", arrays["bias"], shape[-1:], "one value for each of the output's channels")
     arrays = device_arrays.for_kernels(arrays)
     y = device_arrays.new(x, shape) if out is None else device_arrays.output(out, data_format, shape, arrays)
-    operation.forward(kernels, arrays, y, clamp)
+    named = function is not None and not callable(activation)
+    before = operations.between(x, shape) if named and layout.is_half(x.dtype) else y
+    operation.forward(kernels, arrays, before, clamp)
+    if named:
+        device_arrays.activate(activation, before, y)
     result = device_arrays.deliver(y, data_format) if out is None else out
-    return result if function is None else activation(result)
+    return result if named or function is None else activation(result)
 
 
 def _backward_on_card(operation, arrays, data_format, backend):

@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from fastsepconv.kernels.cuda import binaries, depthwise, pointwise, sums
+from fastsepconv.kernels.cuda import activations, binaries, depthwise, pointwise, sums
 from fastsepconv.kernels.cuda.elements import ELEMENTS, sums_of
 from fastsepconv.kernels.cuda.launch import Kernel
 
@@ -32,10 +32,12 @@ def kernels() -> Iterator[Kernel]:
         yield from _on(one, one, one)
         yield sums.row_sums_kernel(one)
         yield sums.part_sums_kernel(sums_of(one), one)
+        yield activations.activation_kernel(sums_of(one), one)
     for half in HALVES:
         yield from _on(half, half, "float32")
         yield from _on("float32", half, half)
         for module in (depthwise, pointwise):
+            yield module.forward_kernel("float32", half, "float32")
             yield module.d_x_kernel(half, "float32", half)
             yield module.d_kernel_kernel(half, "float32")
 

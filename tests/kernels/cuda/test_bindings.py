@@ -1,4 +1,4 @@
-"""What the backend hands to NVIDIA's own Python bindings is what they take; elsewhere the driver's double replaces them.
+"""What the backend hands to NVIDIA's own Python bindings is what they take. Other tests put a double in their place.
 
 A driver library is built that answers without a card; a process that loads it goes the whole way down.
 """

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 import fastsepconv
+from fastsepconv import activations
 from fastsepconv.kernels.cuda import launch
 from tests.card_arrays import DLPackArray, InterfaceArray
-from tests.tolerances import assert_close
+from tests.tolerances import ACTIVATION_UNITS, ROUNDING_UNIT, assert_close
 
 KINDS = {"interface": InterfaceArray, "dlpack": DLPackArray}
 DTYPES = {"float32": "f4", "float64": "f8", "float16": "f2", "bfloat16": ml_dtypes.bfloat16}
@@ -81,6 +82,41 @@ def test_a_function_of_the_library_can_be_the_activation(rng):
     assert_close("y", y.array, np.sin(reference(fastsepconv.separable_conv2d, arrays)))
 
 
+VALUES = np.concatenate(
+    [np.linspace(-9, 9, 13), [-3, -1, -0.5, 0.5, 1, 3], [np.nan, np.inf, -np.inf, 0.0, -0.0, 1e4, -1e4, 90, -104, 1e15]]
+)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", activations.FUNCTIONS)
+def test_every_activation_has_its_name_on_a_card_too(name, dtype):
+    """Within some units of rounding of the formula in float64; halves are rounded once, after it."""
+    with np.errstate(all="ignore"):
+        values = VALUES.astype(DTYPES[dtype])
+        exact = activations.FUNCTIONS[name](values.astype("f8")).astype("f4" if dtype != "float64" else "f8")
+        exact = exact.astype(values.dtype).astype("f8")
+    one, out = DLPackArray(np.ones((1, 1), values.dtype)), DLPackArray(np.full((1, 1, len(values), 1), 7, values.dtype))
+    x = DLPackArray(values.reshape(1, 1, -1, 1))
+    y = fastsepconv.pointwise_conv2d(x, one, activation=name)
+    assert fastsepconv.pointwise_conv2d(x, one, activation=name, out=out) is out
+    np.testing.assert_array_equal(out.array.astype("f8"), y.array.astype("f8"))
+    ours, inputs, finite = y.array.ravel().astype("f8"), values.astype("f8"), np.isfinite(exact)
+    np.testing.assert_array_equal(ours[~finite], exact[~finite])
+    inputs = np.where(np.isfinite(inputs), np.abs(inputs), 1)
+    allowed = ROUNDING_UNIT[dtype] * np.maximum(np.maximum(1, inputs), np.abs(exact))
+    if dtype in ("float32", "float64"):
+        allowed *= ACTIVATION_UNITS
+    assert (np.abs(ours[finite] - exact[finite]) <= allowed[finite]).all()
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_separable_convolution_of_halves_is_rounded_after_its_activation(dtype, order, rng):
+    arrays, options = arrays_of(rng, dtype, order), OPTIONS | {"order": order, "activation": "gelu"}
+    y = fastsepconv.separable_conv2d(*(DLPackArray(array) for array in arrays.values()), **options)
+    assert_close("y", y.array, reference(fastsepconv.separable_conv2d, arrays, **options))
+
+
 def test_an_empty_batch():
     x, kernel = InterfaceArray(np.empty((0, 3, 3, 2), "f4")), InterfaceArray(np.ones((2, 2, 2, 1), "f4"))
     y = fastsepconv.depthwise_conv2d(x, kernel)
@@ -97,7 +133,10 @@ BAD = {
     "rank": (np.ones((4, 4, 2), "f4"), KERNEL, {}, r"`x`\. Expected an array of rank 4"),
     "channels": (X, np.ones((3, 3), "f4"), {}, r"`pointwise_kernel`\. Expected 2 at axis 0"),
     "bias": (X, KERNEL, {"bias": InterfaceArray(np.ones(2, "f4"))}, r"`bias`\. Expected an array of shape \(3,\)"),
-    "activation": (X, KERNEL, {"activation": "gelu"}, r"`activation`\. Expected None, linear, relu, relu6"),
+    "activation": (X, KERNEL, {"activation": "gleu"}, r"`activation`\. Expected None, a function of an array, or the"),
+    "a function and out": (
+        X, KERNEL, {"activation": abs, "out": InterfaceArray(np.ones((1, 4, 4, 3)))}, "`activation`.*without `out`",
+    ),
     "out's memory": (X, KERNEL, {"out": np.ones((1, 4, 4, 3), "f4")}, r"`out`\. Expected an array on a card"),
     "out's shape": (X, KERNEL, {"out": InterfaceArray(np.ones((1, 4, 4, 2), "f4"))}, r"`out`\. Expected.*\(1, 4, 4, 3"),
     "out's dtype": (X, KERNEL, {"out": InterfaceArray(np.ones((1, 4, 4, 3)))}, r"`out`\. Expected the dtype of `x`"),
