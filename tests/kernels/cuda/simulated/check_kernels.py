@@ -135,12 +135,17 @@ def test_what_is_not_finite_goes_through(operation, dtype, value, rng):
 
 @pytest.mark.parametrize("half", ["float16", "bfloat16"])
 def test_halves_are_rounded_as_numpy_rounds_them(half):
-    """Every word of a half, and of the float32 values between two of them, through a convolution that changes none."""
+    """Many words of a half, and of the float32 values between two of them, through a convolution that changes none.
+
+    Half of the values that lie in the middle between two words are rounded up, the others down: to the even word.
+    """
     dtype = DTYPES[half]
-    words = np.arange(0, 2**16, 7, dtype=np.uint16).view(dtype)
-    values = words.astype(np.float32)
+    words = np.arange(0, 2**16 - 1, 7, dtype=np.uint16)
+    values, following = (each.view(dtype).astype(np.float32) for each in (words, words + np.uint16(1)))
     with np.errstate(all="ignore"):
-        values = np.concatenate([values, values * np.float32(1 + 2**-9), values * np.float32(1 + 3 * 2**-12)])
+        middle = values + (following - values) / 2
+        beside = [values * np.float32(1 + 2**-9), np.nextafter(middle, values), np.nextafter(middle, following)]
+        values = np.concatenate([values, middle, *beside])
     one, y = np.ones((1, 1), np.float32), np.zeros((len(values), 1), dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
