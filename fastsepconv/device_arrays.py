@@ -87,6 +87,8 @@ def read(name: str, value: Any, stream: int | None = None) -> DeviceArray:
         device = _card_of(name, address, math.prod(shape)) if told is None else told
     own_stream = _torch_stream(value, device) or own_stream or DEFAULT_STREAM
     strides = contiguous_strides(shape) if strides is None else strides
+    if address % Dtype(dtype).itemsize:  # kernels would end with an error that leaves the card unusable
+        raise checks.invalid(name, f"{dtype} numbers that lie on multiples of their size", hex(address), " at address")
     return DeviceArray(address, shape, strides, Dtype(dtype), device, stream or own_stream, writable, value)
 
 
@@ -168,6 +170,8 @@ def _from_interface(name: str, value: Any, interface: dict) -> dlpack.Described:
     address, read_only = interface["data"]
     shape, strides = tuple(interface["shape"]), interface.get("strides")
     if strides is not None:
+        if any(step % Dtype(dtype).itemsize for step in strides):
+            raise checks.invalid(name, f"strides of whole {dtype} numbers", strides, " with strides in bytes")
         strides = tuple(step // Dtype(dtype).itemsize for step in strides)
     return dlpack.Described(address or 0, shape, strides, dtype, not read_only, None, stream)
 

@@ -104,6 +104,25 @@ def test_what_the_interface_says_and_cannot_be_used(change, message):
         receive(x=Changed(np.ones((1, 2, 2, 3), "f4")))
 
 
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
+def test_numbers_between_their_places_are_refused(kind):
+    """A kernel that reads one there ends with an error after which the card cannot be used any more."""
+    memory = np.zeros(66, np.uint8)[2:].view("f4")
+    assert memory.ctypes.data % 4
+    with pytest.raises(
+        ValueError, match=r"argument `x`\. Expected float32 numbers that lie on multiples.*x at address='0x"
+    ):
+        receive(x=kind(memory))
+
+
+def test_strides_of_parts_of_numbers_are_refused():
+    """Rounded down they would pass for those of a contiguous array."""
+    memory = np.zeros(8, np.dtype([("number", "f4"), ("other", "i2")]))["number"]
+    assert memory.strides == (6,)
+    with pytest.raises(ValueError, match=r"argument `x`\. Expected strides of whole float32 numbers.*=\(6,\)"):
+        receive(x=InterfaceArray(memory))
+
+
 def test_an_interface_that_raises_is_told():
     class NeedsGradient(InterfaceArray):
         @property

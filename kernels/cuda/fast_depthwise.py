@@ -1,6 +1,8 @@
 """Depthwise convolution in the fast tier, forward and backward, with the window in registers.
 
-Arguments as in `depthwise`. For 3x3 taps without dilation or multiplier, of stride 1 or, forward, 2.
+Arguments as in `depthwise`. For 3x3 taps without dilation or multiplier, of stride 1 or, forward, 2. What lies outside
+of the image is multiplied as zero: a tap that is infinite makes NaN of the outputs along the border, and an infinity in
+dy makes NaN of gradients of the kernel, where the plain kernels leave out what is outside.
 """
 
 from __future__ import annotations
