@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import fastsepconv
-from tests.tolerances import assert_close
+from tests.tolerances import RELATIVE, assert_close, relative_error
 
 pytestmark = pytest.mark.cuda
 ROOT = Path(__file__).parents[3]
@@ -113,11 +113,41 @@ def test_a_pointer_to_the_computers_memory_is_refused_and_the_card_goes_on(array
 
 
 def test_out_of_memory_is_told_and_the_card_goes_on(arrays):
+    """Twice what the card has: sizes that no address can count would be another error."""
     from fastsepconv.kernels.cuda import driver
 
-    with pytest.raises(RuntimeError, match="has no room for the"):
-        driver.allocate(2**46, "a test", driver.own_stream())
-    fastsepconv.separable_conv2d(*arrays, backend="cuda")
+    torch = pytest.importorskip("torch")
+    everything = torch.cuda.get_device_properties(0).total_memory
+    with pytest.raises(RuntimeError, match=r"has no room for the \d+ bytes of a test"):
+        driver.allocate(2 * everything, "a test", driver.own_stream())
+    y = fastsepconv.separable_conv2d(*arrays, backend="cuda")
+    assert_close("y", y, fastsepconv.separable_conv2d(*arrays, backend="reference"))
+
+
+def test_the_current_card_is_the_callers_before_and_after(arrays):
+    torch = pytest.importorskip("torch")
+    last = torch.cuda.device_count() - 1
+    on_last = [torch.from_numpy(array).cuda(last) for array in arrays]
+    with torch.cuda.device(0):
+        for _ in range(2):
+            y = fastsepconv.separable_conv2d(*on_last)
+            fastsepconv.separable_conv2d(*arrays, backend="cuda")
+            assert torch.cuda.current_device() == 0 and y.get_device() == last
+    with torch.cuda.device(last):
+        fastsepconv.separable_conv2d(*arrays, backend="cuda")
+        assert torch.cuda.current_device() == last
+    assert_close("y", y.cpu().numpy(), fastsepconv.separable_conv2d(*arrays, backend="reference"))
+
+
+@pytest.mark.parametrize("name", ["gelu", "silu"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_activations_by_name(arrays, name, dtype):
+    torch = pytest.importorskip("torch")
+    on_card = [torch.from_numpy(array).to(getattr(torch, dtype)).cuda() for array in arrays]
+    y = fastsepconv.separable_conv2d(*on_card, activation=name)
+    doubles = [tensor.double().cpu().numpy() for tensor in on_card]
+    true = fastsepconv.separable_conv2d(*doubles, activation=name, backend="reference")
+    assert relative_error(y.double().cpu().numpy(), true) <= RELATIVE[dtype]
 
 
 @pytest.mark.takes_long
