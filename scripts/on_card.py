@@ -52,12 +52,19 @@ def lay_out(tree: Path = TREE) -> Path:
 
 
 def environment(tree: Path) -> dict[str, str]:
-    """The process's own, with the folder on Python's path, the checkout off it, and the card in sight."""
+    """The process's own, with the folder on Python's path, the checkout off it, and cards and toolkit in sight.
+
+    Of two cards the second is for the tests that want two; where there is one, naming two shows that one.
+    """
     paths = [str(tree), *filter(None, [os.environ.get("PYTHONPATH")])]
     settings = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
-    defaults = {"CUDA_VISIBLE_DEVICES": "0", "KERAS_BACKEND": "torch", "FASTSEPCONV_CUDA_TIER": "fast"}
-    found = None if os.environ.get("CUDA_PATH") else toolkit()
-    return {**defaults, **({"CUDA_HOME": found} if found else {}), **os.environ, **settings}
+    defaults = {"CUDA_VISIBLE_DEVICES": "0,1", "KERAS_BACKEND": "torch", "FASTSEPCONV_CUDA_TIER": "fast"}
+    found = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or toolkit()
+    if found:
+        defaults["CUDA_HOME"] = found
+        tools = [str(Path(found, name)) for name in ("bin", "compute-sanitizer")]
+        settings["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), *tools])
+    return {**defaults, **os.environ, **settings}
 
 
 def toolkit() -> str | None:

@@ -79,7 +79,7 @@ def test_a_card_is_in_sight_and_the_users_choice_goes_first(script, monkeypatch)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setenv("FASTSEPCONV_CUDA_TIER", "plain")
     found = script.environment(Path("tree"))
-    assert found["CUDA_VISIBLE_DEVICES"] == "0" and found["FASTSEPCONV_CUDA_TIER"] == "plain"
+    assert found["CUDA_VISIBLE_DEVICES"] == "0,1" and found["FASTSEPCONV_CUDA_TIER"] == "plain"
     assert found["PYTHONPATH"].split(":")[0] == "tree" and found["PYTHONSAFEPATH"] == "1"
 
 
@@ -139,9 +139,11 @@ def test_numba_is_told_where_the_toolkit_is(script, monkeypatch, tmp_path, found
     if found == "on the path":
         (tmp_path / "cuda" / "nvvm").mkdir()
     monkeypatch.setattr(script.shutil, "which", lambda name: None if found == "nowhere" else str(compiler))
-    told = script.environment(Path("tree")).get("CUDA_HOME")
+    settings = script.environment(Path("tree"))
+    told = settings.get("CUDA_HOME")
     if found == "on the path":
         assert told == str(compiler.parents[1])
+        assert str(compiler.parent) in settings["PATH"].split(os.pathsep), "where its sanitizer is"
         monkeypatch.setenv("CUDA_HOME", "the user's")
         assert script.environment(Path("tree"))["CUDA_HOME"] == "the user's"
     else:
