@@ -40,6 +40,7 @@ def main() -> int:
         say(f"The first call on the card failed: {type(failure).__name__}: {failure}")
         return MISSING
     say(f"The first call on the card is off by {error:.1e} of the largest value.")
+    say(f"A launch takes the host {host_microseconds():.1f} us.")
     return compile_all(range(len(kernels())), _capability(), os.cpu_count() or 1)
 
 
@@ -68,6 +69,27 @@ def first_call() -> float:
     if not error < 1e-12:
         raise ArithmeticError(f"a product is off by {error} of its largest value")
     return error
+
+
+def host_microseconds(launches: int = 1000) -> float:
+    """The host's time for a launch of a small kernel, the driver's share included."""
+    from fastsepconv.kernels.cuda import driver, pointwise
+
+    stream = driver.own_stream()
+    kernel, size = pointwise.forward_kernel("float32", "float32", "float32"), 4096
+    memory = driver.allocate(size, "a test", stream)
+    arguments = 8, 8, 8, 2, memory, memory, 0, 0, memory, 0.0, 1.0
+    try:
+        kernel.over(64, stream, *arguments)  # compiled and loaded
+        driver.synchronize(stream, "The first launch")
+        began = time.perf_counter()
+        for _ in range(launches):
+            kernel.over(64, stream, *arguments)
+        took = time.perf_counter() - began
+    finally:
+        driver.free(memory, stream)
+    driver.synchronize(stream, "Launching")
+    return 1e6 * took / launches
 
 
 def compile_all(places: Sequence[int], capability: tuple[int, int], processes: int) -> int:
