@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -47,6 +48,13 @@ def call(doing: str, function: Callable, *arguments: Any) -> Any:
     if status:
         raise RuntimeError(f"{doing} failed: {_explain(status)}")
     return results[0] if len(results) == 1 else results
+
+
+def clean_up(doing: str, function: Callable, *arguments: Any) -> None:
+    """As `call`; but while an error is raised, the first one that the card has met, a refusal says nothing new."""
+    (status,) = function(*arguments)
+    if status and sys.exc_info()[0] is None:
+        raise RuntimeError(f"{doing} failed: {_explain(status)}")
 
 
 def _explain(status: Any) -> str:
@@ -110,7 +118,7 @@ def turned_to(device: Device) -> Iterator[None]:
     try:
         yield
     finally:
-        call("Turning back", api.cuCtxSetCurrent, before)
+        clean_up("Turning back", api.cuCtxSetCurrent, before)
 
 
 def own_stream(ordinal: int = 0) -> Stream:
@@ -137,7 +145,7 @@ def allocate(size: int, what: str, stream: Stream) -> int:
 def free(address: int, stream: Stream) -> None:
     """Give memory from `allocate` back, once what was put into the stream before is done."""
     if address:
-        call("Freeing memory of the card", api.cuMemFreeAsync, address, stream.handle)
+        clean_up("Freeing memory of the card", api.cuMemFreeAsync, address, stream.handle)
 
 
 def copy_in(address: int, source: int, size: int, stream: Stream) -> None:
@@ -173,7 +181,7 @@ def order_after(stream: Stream, other: int) -> None:
         call("Recording an event", api.cuEventRecord, event, other)
         call("Waiting for an event", api.cuStreamWaitEvent, stream.handle, event, 0)
     finally:
-        call("Dropping an event", api.cuEventDestroy, event)
+        clean_up("Dropping an event", api.cuEventDestroy, event)
 
 
 def device_of(address: int) -> int | None:

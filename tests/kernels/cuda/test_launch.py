@@ -163,6 +163,30 @@ def test_debugging_raises_where_the_kernel_was_launched_and_lets_a_graph_be(doub
     cuda.pointwise_forward(x, kernel, None, y)
 
 
+@pytest.mark.parametrize("copied", [False, True], ids=["on the card", "copied"])
+def test_the_kernel_that_failed_is_named_though_nothing_works_any_more(double, monkeypatch, arrays, copied):
+    """An error of a kernel's stays: all that is asked of the card afterwards fails for the same reason."""
+    from fastsepconv.kernels import cuda
+    from fastsepconv.kernels.cuda import launch
+
+    monkeypatch.setattr(launch, "DEBUG", True)
+    given, shape = list(arrays.values()), (*G.output_shape[:3], 3)
+    out = np.empty(shape, "float32") if copied else on_card(double, shape)
+    given = given if copied else [on_card(double, array.shape) for array in given]
+    status = double.CUresult.CUDA_ERROR_ILLEGAL_ADDRESS
+    double.fails = {"cuStreamSynchronize": status, "cuMemFreeAsync": status, ("cuCtxSetCurrent", 2): status}
+    with pytest.raises(RuntimeError, match=r"^Running depthwise_forward.*CUDA_ERROR_ILLEGAL_ADDRESS"):
+        cuda.separable_forward(G, *given, out)
+
+
+def test_memory_that_cannot_be_given_back_is_told(double, arrays):
+    from fastsepconv.kernels import cuda
+
+    double.fails["cuMemFreeAsync"] = double.CUresult.CUDA_ERROR_ILLEGAL_ADDRESS
+    with pytest.raises(RuntimeError, match=r"^Freeing memory of the card failed"):
+        cuda.separable_forward(G, *arrays.values(), np.empty((*G.output_shape[:3], 3), "float32"))
+
+
 @pytest.mark.parametrize("capability", [(7, 5), (6, 1)])
 def test_a_card_that_is_too_old_is_told(double, capability):
     from fastsepconv.kernels.cuda import driver
