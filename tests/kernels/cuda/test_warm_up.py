@@ -10,6 +10,8 @@ import pytest
 
 pytest.importorskip("numba_cuda", reason="pip install 'fastsepconv[cuda13]'")
 
+HOPPER = (9, 0)
+
 
 @pytest.fixture
 def warm_up(toolkit):
@@ -23,22 +25,24 @@ def test_every_kernel_of_both_tables_is_compiled(warm_up):
     here = Path(__file__).parent
     plain = json.loads((here / "assembly.json").read_text())
     fast = [name for name in json.loads((here / "fast_assembly.json").read_text())["kernels"] if "relu" not in name]
-    names = [kernel.name for kernel in warm_up.kernels()]
+    names = [kernel.name for kernel in warm_up.kernels(HOPPER)]
     assert set(plain) <= set(names) and len(names) == len(set(names))
-    found = [kernel for kernel in warm_up.kernels() if kernel.tier == "fast"]
+    found = [kernel for kernel in warm_up.kernels(HOPPER) if kernel.tier == "fast"]
     strided = [kernel for kernel in found if kernel.name.startswith("separable") and "_s2_" in kernel.name]
     assert len(found) - len(strided) == len(fast), "the fused kernels of stride 2 are in no table"
+    others = [kernel for kernel in found if "warpgroups" not in kernel.name]
+    assert [kernel for kernel in warm_up.kernels((8, 0)) if kernel.tier == "fast"] == others
 
 
 def test_processes_share_the_work_and_keep_it_for_who_asks_next(double, warm_up, capsys):
     from fastsepconv.kernels.cuda import binaries
 
-    few = [place for place, kernel in enumerate(warm_up.kernels()) if kernel.tier == "plain"][:3]
-    assert warm_up.compile_all(few, (9, 0), 2) == warm_up.OK
+    few = [place for place, kernel in enumerate(warm_up.kernels(HOPPER)) if kernel.tier == "plain"][:3]
+    assert warm_up.compile_all(few, HOPPER, 2) == warm_up.OK
     assert re.match(r"3 of 3 kernels are compiled, after \d+ s\.", capsys.readouterr().out)
     before = dict(binaries.counts)
     for place in few:
-        binaries.get(warm_up.kernels()[place], (9, 0))
+        binaries.get(warm_up.kernels(HOPPER)[place], HOPPER)
     assert binaries.counts == {**before, "loaded": before["loaded"] + 3}
 
 
@@ -52,7 +56,7 @@ def test_what_does_not_compile_is_named(double, warm_up, monkeypatch):
     from fastsepconv.kernels.cuda import binaries
 
     monkeypatch.setattr(binaries, "get", lambda *arguments: 1 / 0)
-    assert re.match(r"\w+\[.*\] does not compile: ZeroDivisionError", warm_up.compiled((0, (9, 0))))
+    assert re.match(r"\w+\[.*\] does not compile: ZeroDivisionError", warm_up.compiled((0, HOPPER)))
 
 
 def test_the_first_call_is_checked(warm_up, monkeypatch):

@@ -41,7 +41,8 @@ def main() -> int:
         return MISSING
     say(f"The first call on the card is off by {error:.1e} of the largest value.")
     say(f"A launch takes the host {host_microseconds():.1f} us.")
-    return compile_all(range(len(kernels())), _capability(), os.cpu_count() or 1)
+    capability = _capability()
+    return compile_all(range(len(kernels(capability))), capability, os.cpu_count() or 1)
 
 
 def described() -> str:
@@ -109,7 +110,7 @@ def compiled(work: tuple[int, tuple[int, int]]) -> str | None:
     from fastsepconv.kernels.cuda import binaries
 
     place, capability = work
-    kernel = kernels()[place]
+    kernel = kernels(capability)[place]
     try:
         binaries.get(kernel, capability)
     except Exception as failure:
@@ -118,14 +119,14 @@ def compiled(work: tuple[int, tuple[int, int]]) -> str | None:
 
 
 @cache
-def kernels() -> list:
-    """Every kernel of both tiers, those that take longest first."""
+def kernels(capability: tuple[int, int]) -> list:
+    """Every kernel of both tiers that cards of this capability run, those that take longest first."""
     from .assembly import kernels as plain
 
-    return [*fast_kernels(), *plain()]
+    return [*fast_kernels(capability), *plain()]
 
 
-def fast_kernels() -> Iterator:
+def fast_kernels(capability: tuple[int, int]) -> Iterator:
     """The fast tier's, as its operations make them."""
     from fastsepconv.kernels.cuda import depthwise_window, partial_sums, pointwise_tensor, separable_rows, tiles
     from fastsepconv.kernels.cuda.fast_kernels import ELEMENTS, made
@@ -138,7 +139,8 @@ def fast_kernels() -> Iterator:
         for window in tiles.WINDOWS[dtype].values():
             yield made(depthwise_window.forward, dtype, window).kernel
     makers = pointwise_tensor.forward, pointwise_tensor.input_gradient, pointwise_tensor.kernel_gradient
-    for dtype, found in tiles.POINTWISE.items():
+    warpgroups = tiles.WARPGROUP_POINTWISE if capability == tiles.HOPPER[:2] else {}
+    for dtype, found in (*tiles.POINTWISE.items(), *warpgroups.items()):
         for tile, make in itertools.product(found, makers):
             yield made(make, dtype, tile).kernel
     for dtype in ELEMENTS:
