@@ -4,8 +4,10 @@ For eager code and graphs, differentiable to any order, with no copies: TensorFl
 package's. Where TensorFlow's C API cannot be had (or FASTSEPCONV_TF_BRIDGE=numpy_function), `tf.numpy_function` stands
 in, with a warning. To load a SavedModel that holds these ops, import this module first: that makes them known.
 
-The backend is that of `set_backend` when an operation runs, or when the graph that holds it is built. Backends other
-than the CPU's take the way of `tf.numpy_function` too; on "cuda" what TensorFlow holds is copied to the card and back.
+The backend is that of `set_backend` when an operation runs, or when the graph that holds it is built. Tensors on a GPU
+of TensorFlow's are computed there by the CUDA kernels under "auto" and "cuda" (`tensorflow_card`), which have never run
+on one. Otherwise backends other than the CPU's take the way of `tf.numpy_function` too: on "cuda" what TensorFlow holds
+on the CPU is copied to the card and back.
 
 x is `[N,H,W,C]`, or `[N,C,H,W]` under "channels_first". Tensors, variables and arrays are taken; float16 and bfloat16
 are computed in float32.
@@ -108,19 +110,37 @@ def status() -> dict[str, object]:
     """Which way tensors take into the kernels: `path` is "c-api" or "numpy_function", `reason` says why."""
     path, reason, _ = _implementation()
     backend = dispatch.explain().name
-    if backend != "cpu":
+    if path == "c-api" and dispatch.get_backend() in ("auto", "cuda") and _card_obstacle() is None:
+        elsewhere = "by the CPU's kernels" if backend == "cpu" else "as NumPy arrays"
+        reason = f"tensors on TensorFlow's GPU are computed where they are, others {elsewhere}"
+    elif backend != "cpu":
         path, reason = "numpy_function", f"the {backend} backend is handed NumPy arrays"
     return {"path": path, "reason": reason, "backend": backend, "tensorflow": tf.__version__}
 
 
-def _forward() -> Callable[..., tf.Tensor]:
-    """What computes an operation: the CPU's kernels by the way that was found, those of another backend on arrays."""
+def _forward(x: tf.Tensor) -> Callable[..., tf.Tensor]:
+    """What computes an operation on x: the ops, whose kernels are the CPU's or, for tensors there, a card's; those of
+    another backend on arrays.
+    """
     kernels = dispatch.kernels()
-    if kernels is cpu:
-        return _implementation()[2].forward
+    path, _, implementation = _implementation()
+    if kernels is cpu or (path == "c-api" and _runs_on_card(x)):
+        return implementation.forward
     from . import tensorflow_numpy
 
     return functools.partial(tensorflow_numpy.forward, kernels=kernels)
+
+
+def _runs_on_card(x: tf.Tensor) -> bool:
+    from . import tensorflow_card
+
+    return dispatch.get_backend() == "cuda" and tensorflow_card.takes(x)
+
+
+def _card_obstacle() -> str | None:
+    from . import tensorflow_card
+
+    return tensorflow_card.obstacle()
 
 
 def _convolve(kind: str, operands: dict, bias, attributes: tuple, data_format: str) -> tf.Tensor:
@@ -136,7 +156,7 @@ def _convolve(kind: str, operands: dict, bias, attributes: tuple, data_format: s
     if dtype in _HALF:
         tensors = [tf.cast(tensor, tf.float32) for tensor in tensors]
         bias = None if bias is None else tf.cast(bias, tf.float32)
-    y = _forward()(kind, tensors, bias, attributes)
+    y = _forward(tensors[0])(kind, tensors, bias, attributes)
     if dtype in _HALF:
         y = tf.cast(y, dtype)
     return tf.transpose(y, (0, 3, 1, 2)) if channels_first else y

@@ -11,6 +11,7 @@ import ctypes
 import os
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import llvmlite.binding
 from numba import types
@@ -80,7 +81,25 @@ _PYTHON_SIDE = {
     "TF_OpKernelConstruction_GetAttrInt64List": (None, _pointer, _text, _pointer, _c_int, _pointer),
     "TF_OpKernelConstruction_Failure": (None, _pointer, _pointer),
     "TF_ShapeInferenceContextSetUnknownShape": (None, _pointer, _pointer),
+    "TF_NumInputs": (_c_int, _pointer),
+    "TF_GetInput": (None, _pointer, _c_int, _pointer, _pointer),
+    "TF_NumDims": (_c_int, _pointer),
+    "TF_Dim": (ctypes.c_int64, _pointer, _c_int),
+    "TF_TensorData": (_pointer, _pointer),
+    "TF_DeleteTensor": (None, _pointer),
+    "TF_ExpectedOutputDataType": (_c_int, _pointer, _c_int),
+    "TF_AllocateOutput": (_pointer, _pointer, _c_int, _c_int, _pointer, _c_int, ctypes.c_size_t, _pointer),
+    "TF_AllocateTemp": (_pointer, _pointer, _c_int, _pointer, _c_int, _pointer, _pointer),
+    "TF_OpKernelContext_Failure": (None, _pointer, _pointer),
 }
+
+
+class Refusal(RuntimeError):
+    """An error of TensorFlow's, in its own words, with its code."""
+
+    def __init__(self, code: int, message: str):
+        super().__init__(message)
+        self.code = code
 
 
 class CApi:
@@ -97,21 +116,29 @@ class CApi:
     def __getattr__(self, name: str) -> Callable:
         raise AttributeError(f"TF_{name} is not declared")
 
-    def checked(self, call: Callable, *arguments) -> None:
-        """`call(*arguments, status)`; RuntimeError with TensorFlow's own words where the status is not OK."""
+    def checked(self, call: Callable, *arguments) -> Any:
+        """What `call(*arguments, status)` returns; Refusal where the status is not OK."""
         status = self.NewStatus()
         try:
-            call(*arguments, status)
+            result = call(*arguments, status)
             if self.GetCode(status) != OK:
-                raise RuntimeError(self.Message(status).decode(errors="replace"))
+                raise Refusal(self.GetCode(status), self.Message(status).decode(errors="replace"))
+            return result
         finally:
             self.DeleteStatus(status)
 
     def fail_construction(self, construction: int, message: str) -> None:
         """Makes the building of a kernel end with a TensorFlow error."""
+        self._fail(self.OpKernelConstruction_Failure, construction, INTERNAL, message)
+
+    def fail_computation(self, context: int, code: int, message: str) -> None:
+        """Makes a kernel's run end with a TensorFlow error."""
+        self._fail(self.OpKernelContext_Failure, context, code, message)
+
+    def _fail(self, how: Callable, where: int, code: int, message: str) -> None:
         status = self.NewStatus()
-        self.SetStatus(status, INTERNAL, message.encode())
-        self.OpKernelConstruction_Failure(construction, status)
+        self.SetStatus(status, code, message.encode())
+        how(where, status)
         self.DeleteStatus(status)
 
 

@@ -22,8 +22,8 @@ from ..kernels.geometry import Geometry
 from . import tensorflow_capi as tf
 from .tensorflow_capi import INVALID_ARGUMENT, RESOURCE_EXHAUSTED
 
-STATE_WORDS = 11  # the words of a kernel's state, each 8 bytes
-FUNCTION, STRIDES, DILATIONS, SAME, PADDING, WANTED = 0, 1, 3, 5, 6, 10
+STATE_WORDS = 12  # the words of a kernel's state, each 8 bytes
+FUNCTION, STRIDES, DILATIONS, SAME, PADDING, WANTED, OPERATION = 0, 1, 3, 5, 6, 10, 11
 
 MAX_ELEMENTS = 2**59  # TensorFlow aborts on a shape whose product overflows
 MAX_SPAN = 2**31 - 1

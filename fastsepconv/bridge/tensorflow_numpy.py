@@ -7,17 +7,14 @@ elsewhere.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from types import ModuleType
-from typing import cast
 
 import numpy as np
 import tensorflow as tf
 
-from .. import checks
 from ..kernels import cpu
-from ..kernels.geometry import Geometry, resolve
+from . import array_calls
 from .multilinear import gradient_of_gradient
 from .static_shapes import by_name, output_shape, static_shape
 
@@ -89,27 +86,12 @@ def backward(
     return [gradients.get(i) for i in range(len(wanted))]
 
 
-def _geometry(arrays: Sequence[np.ndarray], named: dict) -> Geometry:
-    top, bottom, left, right = named["padding"]
-    padding = "same" if named["same"] else ((top, bottom), (left, right))
-    return resolve(arrays[0].shape, arrays[1].shape, named["strides"], padding, named["dilations"])
-
-
 def _forward(
     backend: ModuleType, kind: str, arrays: Sequence[np.ndarray], bias: Sequence[np.ndarray], named: dict
 ) -> np.ndarray:
-    x, *kernels = (np.ascontiguousarray(array) for array in arrays)
+    arrays = [np.ascontiguousarray(array) for array in arrays]
     added = np.ascontiguousarray(bias[0]) if bias else None
-    shapes = [array.shape for array in (x, *kernels)]
-    y = np.empty(cast(tuple[int, ...], output_shape(shapes, None if added is None else added.shape, named)), x.dtype)
-    if kind == "Depthwise":
-        backend.depthwise_forward(_geometry(arrays, named), x, *kernels, added, y)
-    elif kind == "Separable":
-        depthwise, pointwise = kernels
-        backend.separable_forward(_geometry(arrays, named), x, depthwise, _matrix(pointwise), added, y)
-    else:
-        backend.pointwise_forward(_matrix(x), _matrix(kernels[0]), added, _matrix(y))
-    return y
+    return array_calls.forward(backend, kind, arrays, added, named, lambda i, shape: np.empty(shape, arrays[0].dtype))
 
 
 def _backward(
@@ -120,28 +102,8 @@ def _backward(
     named: dict,
     wanted: Sequence[bool],
 ) -> list[np.ndarray]:
-    x, *kernels = (np.ascontiguousarray(array) for array in arrays)
-    dy = np.ascontiguousarray(dy)
-    expected = output_shape([x.shape, *(k.shape for k in kernels)], None, named)
-    if dy.shape != expected:
-        raise checks.invalid("dy", f"shape {expected}, that of the output", dy.shape, ".shape")
-    shapes = [x.shape, *(k.shape for k in kernels), dy.shape[-1:]]
-    gradients = [np.empty(shape, x.dtype) if want else None for shape, want in zip(shapes, wanted, strict=True)]
-    if kind == "Depthwise":
-        backend.depthwise_backward(_geometry(arrays, named), x, *kernels, dy, *gradients)
-    elif kind == "Separable":
-        depthwise, pointwise = kernels
-        dx, d_depthwise, d_pointwise, d_bias = gradients
-        backend.separable_backward(
-            _geometry(arrays, named), x, depthwise, _matrix(pointwise), dy,
-            dx, d_depthwise, _matrix(d_pointwise), d_bias,
-        )  # fmt: skip
-    else:
-        dx, d_kernel, d_bias = gradients
-        backend.pointwise_backward(_matrix(x), _matrix(kernels[0]), _matrix(dy), _matrix(dx), _matrix(d_kernel), d_bias)
+    *arrays, dy = (np.ascontiguousarray(array) for array in (*arrays, dy))
+    gradients = array_calls.backward(
+        backend, kind, arrays, dy, named, wanted, lambda i, shape: np.empty(shape, dy.dtype)
+    )
     return [gradient for gradient in gradients if gradient is not None]
-
-
-def _matrix(array: np.ndarray | None) -> np.ndarray | None:
-    """A view `[rows, last size]` of a contiguous array."""
-    return None if array is None else array.reshape(math.prod(array.shape[:-1]), array.shape[-1])

@@ -13,6 +13,7 @@ from tensorflow.python import pywrap_tfe
 from tensorflow.python.eager import context, core, execute
 from tensorflow.python.framework import op_def_library, ops
 
+from . import tensorflow_card
 from .multilinear import gradient_of_gradient
 from .static_shapes import by_name, output_shape, static_shape
 from .tensorflow_registration import DEFINITIONS, register
@@ -53,12 +54,13 @@ def backward(
 def _apply(name: str, inputs: list, attributes: Attributes) -> Sequence[tf.Tensor]:
     """The outputs of the op `name`, run at once as TensorFlow's generated wrappers run theirs."""
     eager = context.context()
-    try:
-        outputs = pywrap_tfe.TFE_Py_FastPathExecute(eager, name, None, *inputs, *attributes)
-    except core._NotOkStatusException as error:
-        ops.raise_from_not_ok_status(error, None)
-    except core._FallbackException:
-        return _apply_slowly(eager, name, inputs, attributes)
+    with tensorflow_card.placement(inputs[0]):
+        try:
+            outputs = pywrap_tfe.TFE_Py_FastPathExecute(eager, name, None, *inputs, *attributes)
+        except core._NotOkStatusException as error:
+            ops.raise_from_not_ok_status(error, None)
+        except core._FallbackException:
+            return _apply_slowly(eager, name, inputs, attributes)
     return outputs if isinstance(outputs, list) else [outputs]
 
 
@@ -77,7 +79,8 @@ def _apply_slowly(eager: context.Context, name: str, inputs: list, attributes: A
 def _apply_in_graph(name: str, inputs: list, attributes: Attributes) -> Sequence[tf.Tensor]:
     """The outputs of a node of the op `name`, added to the graph that is being built."""
     named_inputs = {spec.split(":")[0]: value for spec, value in zip(DEFINITIONS[name].inputs, inputs, strict=True)}
-    *_, op, _ = op_def_library._apply_op_helper(name, **named_inputs, **by_name(attributes))
+    with tensorflow_card.placement(inputs[0]):
+        *_, op, _ = op_def_library._apply_op_helper(name, **named_inputs, **by_name(attributes))
     if execute.must_record_gradient():
         execute.record_gradient(name, op.inputs, attributes, op.outputs)
     return op.outputs
@@ -121,6 +124,6 @@ def _register_gradients(kind: str) -> None:
         )
 
 
-register()
+tensorflow_card.register(register())
 for _kind in ("Depthwise", "Pointwise", "Separable"):
     _register_gradients(_kind)

@@ -3,7 +3,8 @@
 A kernel is registered with two functions. TensorFlow calls `create` once for each node that will run: it compiles
 what the node needs, or loads it from the disk, and writes the node's attributes into a block of memory, the state. It
 calls `compute` at each run: that jumps to the compiled function, whose address is the state's first word. So an
-operation costs nothing until a node uses it, whatever made the node: this package, or a SavedModel.
+operation costs nothing until a node uses it, whatever made the node: this package, or a SavedModel. The kernels for
+tensors on a card are those of `tensorflow_card`, made the same way.
 
 Both are machine code. `create` has Python do its work, but does not take Python's word for it: Ctrl-C may raise
 KeyboardInterrupt before the first line of a Python callback, and ctypes then returns whatever was in memory.
@@ -33,9 +34,10 @@ from . import tensorflow_kernels as kernels
 from . import tensorflow_shapes as shapes
 from .tensorflow_capi import CANCELLED, CApi, address_of, connect, construction_failure, delete_status, new_status
 
-_CALLBACK = types.void(types.intp, types.intp)
+CALLBACK = types.void(types.intp, types.intp)
+DTYPES = {1: np.float32, 2: np.float64}  # TF_FLOAT, TF_DOUBLE
+HOST, CARD = "CPU", "GPU"  # TensorFlow's names for kinds of devices; the tests without a card exchange them
 _CREATE = types.intp(types.intp)
-_TYPES = {1: np.float32, 2: np.float64}  # TF_FLOAT, TF_DOUBLE
 _MAX_ATTRIBUTE = 2**31 - 1
 
 
@@ -118,7 +120,7 @@ def _jump(typing_context, function, state, context_address):
     return types.void(types.intp, types.intp, types.intp), codegen
 
 
-@callback(_CALLBACK)
+@callback(CALLBACK)
 def _compute(state, context):
     _jump(view(np.int64, state, 1)[0], state, context)
 
@@ -161,12 +163,12 @@ def _compiled(function: Dispatcher, dtype: type) -> int:
         except Exception:
             kernels.out_of_memory(context)
 
-    return callback(_CALLBACK)(compute).address
+    return callback(CALLBACK)(compute).address
 
 
 @functools.cache
 def _compiled_shape(function: Dispatcher) -> int:
-    return callback(_CALLBACK)(function.py_func).address
+    return callback(CALLBACK)(function.py_func).address
 
 
 def compile_op(name: str, dtype: type) -> int:
@@ -176,8 +178,8 @@ def compile_op(name: str, dtype: type) -> int:
         return _compiled(DEFINITIONS[name].compute, dtype)
 
 
-def register() -> None:
-    """Registers all ops with TensorFlow, once a process.
+def register() -> CApi:
+    """Registers all ops with TensorFlow, and their kernels for the CPU, once a process.
 
     Raises: OSError or AttributeError where this TensorFlow has no such C API; RuntimeError with its own words where
     it does not take a definition.
@@ -187,8 +189,10 @@ def register() -> None:
     for name, definition in DEFINITIONS.items():
         if op_def_registry.get(name) is None:  # to define an op twice ends the process
             _register_op(api, name, definition)
-            for code, dtype in _TYPES.items():
-                _register_kernel(api, name, definition, code, dtype)
+            for code, dtype in DTYPES.items():
+                function = functools.partial(compile_op, name, dtype)
+                register_kernel(api, name, HOST, code, _compute, function)
+    return api
 
 
 def _register_op(api: CApi, name: str, definition: Definition) -> None:
@@ -208,26 +212,33 @@ def _register_op(api: CApi, name: str, definition: Definition) -> None:
     api.checked(api.RegisterOpDefinition, builder)
 
 
-def _register_kernel(api: CApi, name: str, definition: Definition, code: int, dtype: type) -> None:
+def register_kernel(
+    api: CApi, name: str, device: str, code: int, compute: Callback, function: Callable[[], int]
+) -> None:
+    """Registers `compute` as the kernel of an op for a kind of device and a dtype.
+
+    `function()` is asked for each node: the state's first word.
+    """
+
     def make_state(construction):
         try:
-            return _new_state(api, construction, compile_op(name, dtype), definition.attributes)
+            return _new_state(api, construction, function(), name)
         except BaseException as error:
             api.fail_construction(construction, f"{name}: {error or type(error).__name__}")
             return None
 
     _makers.append(make_state)
     create = _create(len(_makers) - 1).address
-    builder = api.NewKernelBuilder(name.encode(), b"CPU", create, _compute.address, address_of(api.libc.free))
+    builder = api.NewKernelBuilder(name.encode(), device.encode(), create, compute.address, address_of(api.libc.free))
     api.checked(api.KernelBuilder_TypeConstraint, builder, b"T", code)
-    api.checked(api.RegisterKernelBuilder, f"{name}/{dtype.__name__}".encode(), builder)
+    api.checked(api.RegisterKernelBuilder, f"{name}/{device}/{DTYPES[code].__name__}".encode(), builder)
 
 
-def _new_state(api: CApi, construction: int, function: int, attributes: dict[str, Attribute]) -> int:
+def _new_state(api: CApi, construction: int, function: int, name: str) -> int:
     """A node's state, see tensorflow_kernels; TensorFlow frees it with the node, maybe after Python's end."""
     words = np.zeros(kernels.STATE_WORDS, np.int64)
-    words[kernels.FUNCTION] = function
-    for attribute, (word, length, least) in attributes.items():
+    words[kernels.FUNCTION], words[kernels.OPERATION] = function, list(DEFINITIONS).index(name)
+    for attribute, (word, length, least) in DEFINITIONS[name].attributes.items():
         part = words[word : word + length]
         if length == 1:
             api.checked(api.OpKernelConstruction_GetAttrInt64, construction, attribute.encode(), part.ctypes.data)

@@ -1,7 +1,7 @@
 """NVIDIA's driver: devices, their contexts, streams and memory. Every refusal becomes a sentence that names the cause.
 
-Nothing here waits for the card but `synchronize`; memory is allocated and freed in the order of a stream, so that all
-of it can be captured into a CUDA graph.
+Nothing here waits for the card but `synchronize` and `synchronize_card`; memory is allocated and freed in the order of
+a stream, so that all of it can be captured into a CUDA graph.
 """
 
 from __future__ import annotations
@@ -162,7 +162,17 @@ def copy_out(target: int, address: int, size: int, stream: Stream) -> None:
 
 def synchronize(stream: Stream, doing: str) -> None:
     """Wait until all that was put into the stream is done; an error of its kernels is raised here."""
+    if SIMULATED:
+        return
     call(doing, api.cuStreamSynchronize, stream.handle)
+
+
+def synchronize_card(stream: Stream, doing: str) -> None:
+    """Wait until all that was put into any stream of the card in this process is done, whoever did."""
+    if SIMULATED:
+        return
+    activate(stream.device)
+    call(doing, api.cuCtxSynchronize)
 
 
 def is_capturing(stream: Stream) -> bool:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -50,10 +52,31 @@ class SimulatedPointer:
 ABSENT = Operand(SimulatedPointer(np.empty(0)) if SIMULATED else 0, "")
 
 
+_lent = threading.local()  # .room: where the thread's calls have their memory from, if not from the driver
+
+
+@contextlib.contextmanager
+def room_from(room: Callable[[int], int]) -> Iterator[None]:
+    """Within it what the thread's calls need for themselves comes from `room(bytes)`, an address on their card.
+
+    The memory has to be free for any stream's work when it is given, and to stay until what is put into the calls'
+    stream meanwhile is done.
+    """
+    before, _lent.room = getattr(_lent, "room", None), room
+    try:
+        yield
+    finally:
+        _lent.room = before
+
+
 @contextlib.contextmanager
 def scratch(count: int, element: str, stream: Stream) -> Iterator[Operand]:
     """Room for `count` elements, until what was put into the stream meanwhile is done."""
     dtype = ELEMENTS[element].dtype
+    room = getattr(_lent, "room", None)
+    if room and count:
+        yield _operand_at(room(count * dtype.itemsize), count, element)
+        return
     if SIMULATED:
         yield Operand(SimulatedPointer(np.full(count, np.nan, dtype)), element)
         return
@@ -124,11 +147,15 @@ def _stream_of(array: DeviceArray) -> Stream:
 def _operand_of(array: DeviceArray | None) -> Operand | None:
     if array is None:
         return None
+    return _operand_at(array.address, math.prod(array.shape), array.dtype.name)
+
+
+def _operand_at(address: int, count: int, element: str) -> Operand:
+    """`count` elements at an address on the card, which in the simulator is one of the computer's own."""
     if not SIMULATED:
-        return Operand(array.address, array.dtype.name)
-    words = ELEMENTS[array.dtype.name].dtype
-    size = int(np.prod(array.shape)) * words.itemsize
+        return Operand(address, element)
+    words = ELEMENTS[element].dtype
     memory = np.empty(0, np.uint8)
-    if size:
-        memory = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(array.address))
-    return Operand(SimulatedPointer(memory.view(words)), array.dtype.name)
+    if count:
+        memory = np.ctypeslib.as_array((ctypes.c_uint8 * (count * words.itemsize)).from_address(address))
+    return Operand(SimulatedPointer(memory.view(words)), element)

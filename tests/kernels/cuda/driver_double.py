@@ -35,6 +35,7 @@ class DriverDouble:
         self.launches = []
         self.current = 0
         self.capturing = False
+        self.card_of_others = None  # where memory lies that is not from here; None: it is the computer's
         self.formats = {}  # of the parameters, by kernel name; filled by the test
 
     def _done(self, name, *results):
@@ -72,6 +73,9 @@ class DriverDouble:
 
     def cuCtxGetCurrent(self):
         return self._done("cuCtxGetCurrent", self.current)
+
+    def cuCtxSynchronize(self):
+        return self._done("cuCtxSynchronize")
 
     def cuCtxSetCurrent(self, context):
         self.current = context
@@ -137,9 +141,9 @@ class DriverDouble:
     def cuPointerGetAttribute(self, attribute, address):
         if attribute == self.CUpointer_attribute.CU_POINTER_ATTRIBUTE_MEMORY_TYPE:
             kinds = self.CUmemorytype
-            on_card = address in self.memory
+            on_card = address in self.memory or self.card_of_others is not None
             return self._done("cuPointerGetAttribute", int(kinds.CU_MEMORYTYPE_DEVICE if on_card else 1))
-        return self._done("cuPointerGetAttribute", 0)
+        return self._done("cuPointerGetAttribute", 0 if address in self.memory else self.card_of_others)
 
     def cuGetErrorName(self, status):
         return OK, status.name.encode()

@@ -1,6 +1,6 @@
 """Keras on TensorFlow with backend="cuda", in the simulator: layers, gradients of gradients, and a training step.
 
-No kernel of the CPU may run: each of its functions is made to fail.
+TensorFlow sees no GPU, so that arrays are copied. No kernel of the CPU may run: each of its functions is made to fail.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from tests.bridge import oracle
 from tests.bridge.cases import KINDS, WINDOWS, gradients, operands, window_of
 from tests.tolerances import RELATIVE, assert_close, relative_error
 
+tf.config.set_visible_devices([], "GPU")
 FILTERS = {"ENTRY_FILTERS": (2, 4, 6), "MIDDLE_FILTERS": 6, "EXIT_FILTERS": (6, 8)}
 
 
