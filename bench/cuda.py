@@ -1,9 +1,10 @@
-"""The CUDA kernels raced against cuDNN, cuBLAS and torch.compile on the card that is here.
+"""The CUDA kernels raced against cuDNN, cuBLAS and torch.compile, and whole networks, on the card that is here.
 
 `python -m fastsepconv.bench.cuda [--quick] [--seconds S] [--only TEXT] [--tier plain] [--save FILE]`
 
 Before its times count, each provider's results are held against float64; whoever computes something else is not timed.
-Times are those of CUDA graphs' replays, by events, providers in turns. The run is saved as JSON under bench/results/.
+Times are those of CUDA graphs' replays, networks' those of calls, by events, providers in turns. The run is saved as
+JSON under bench/results/.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -24,7 +25,7 @@ from typing import Any
 from fastsepconv.kernels import nvidia
 
 from . import cuda_report, stats
-from .cuda_problems import CudaProblem, problems
+from .cuda_problems import CudaNetwork, CudaProblem, problems
 
 RESULTS = Path(__file__).with_name("results")
 FORMAT = 1
@@ -32,6 +33,7 @@ FORMAT = 1
 OK, CHECK_FAILED, MISSING = 0, 1, 4
 SECONDS, QUICK_SECONDS = 420.0, 150.0
 ROUNDS, SECONDS_A_PROBLEM, QUICK_SECONDS_A_PROBLEM = 5, 0.8, 0.3
+NETWORK_SHARE = 8  # times as long as a layer
 # Largest error over largest true value. Long sums of products cost float32 1e-5 on every card; TF32 has 11 bits of each
 # factor, bfloat16 8 of each result.
 BOUNDS = {"float32": 5e-5, "tf32": 4e-3, "bfloat16": 2e-2}
@@ -48,6 +50,8 @@ def main(arguments: list[str] | None = None) -> int:
         os.environ["FASTSEPCONV_CUDA_TIER"] = args.tier
     chosen = [problem for problem in problems(args.quick) if args.only in problem.name]
     run = begin()
+    if run["no_networks"]:
+        chosen = [problem for problem in chosen if problem.op != "network"]
     seconds = args.seconds or (QUICK_SECONDS if args.quick else SECONDS)
     each = QUICK_SECONDS_A_PROBLEM if args.quick else SECONDS_A_PROBLEM
     file = args.save or RESULTS / f"cuda-{_slug(run['card'])}.json"
@@ -56,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
         _say(cuda_report.problem_line(record, run["ceilings"]))
         file.write_text(json.dumps(run, indent=1) + "\n")  # each time: a run that is cut off tells what it knows
 
-    race_all(run, chosen, seconds, lambda problem: race(problem, each), tell)
+    race_all(run, chosen, seconds, lambda problem: race_one(problem, each), tell)
     file.write_text(json.dumps(run, indent=1) + "\n")
     _say(f"\n{cuda_report.markdown(run)}\nSaved as {file}")
     statuses = {entry["status"] for record in run["problems"] for entry in record["providers"].values()}
@@ -81,10 +85,10 @@ def begin() -> dict[str, Any]:
     """A run without problems yet: the card, what it reaches, the versions."""
     import torch
 
-    from . import cuda_timing
+    from . import cuda_networks, cuda_timing
 
     driver, _ = nvidia.look()
-    names = ("torch", "numba", "numba-cuda", "fastsepconv")
+    names = ("torch", "keras", "numba", "numba-cuda", "fastsepconv")
     return {
         "format": FORMAT,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -95,14 +99,15 @@ def begin() -> dict[str, Any]:
         "ceilings": cuda_timing.ceilings(),
         "problems": [],
         "left_out": [],
+        "no_networks": cuda_networks.obstacle(),
     }
 
 
 def race_all(
     run: dict,
-    chosen: list[CudaProblem],
+    chosen: Sequence[CudaProblem | CudaNetwork],
     seconds: float,
-    one: Callable[[CudaProblem], dict],
+    one: Callable[[Any], dict],
     tell: Callable[[dict], None],
 ) -> None:
     """Race the problems into the run one by one. When the time is over, or nobody can compute any more because a kernel
@@ -116,8 +121,20 @@ def race_all(
         record = {**asdict(problem), "name": problem.name, "group": problem.group}
         record |= {"flops": problem.flops, "least_bytes": problem.least_bytes, "providers": one(problem)}
         run["problems"].append(record)
-        lost = all(entry["status"] == "failed" for entry in record["providers"].values())
+        lost = all(map(_is_lost, record["providers"].values()))
         tell(record)
+
+
+def race_one(problem: CudaProblem | CudaNetwork, seconds: float) -> dict[str, dict]:
+    """What each provider of a layer or of a network did."""
+    import torch
+
+    from . import cuda_networks
+
+    torch.cuda.empty_cache()
+    if isinstance(problem, CudaNetwork):
+        return cuda_networks.race(problem, NETWORK_SHARE * seconds)
+    return race(problem, seconds)
 
 
 def race(problem: CudaProblem, seconds: float) -> dict[str, dict]:
@@ -127,7 +144,6 @@ def race(problem: CudaProblem, seconds: float) -> dict[str, dict]:
     from . import cuda_providers as who
     from . import cuda_timing
 
-    torch.cuda.empty_cache()
     with who.numeric_switch(problem.numbers), torch.no_grad():
         first = who.tensors(problem, "cuda", 0)
         size = sum(tensor.numel() * tensor.element_size() for tensor in first.values())
@@ -141,7 +157,7 @@ def race(problem: CudaProblem, seconds: float) -> dict[str, dict]:
                 try:
                     replays[name] = cuda_timing.Replay(steps[name], sets)
                 except RuntimeError as error:
-                    entry |= {"status": "failed", "reason": f"it cannot be captured: {_line(error)}"}
+                    entry |= {"status": "failed", "reason": f"it cannot be captured: {cuda_report.one_line(error)}"}
         times = cuda_timing.race(replays, ROUNDS, seconds) if replays else {}
     return timed(entries, times)
 
@@ -156,7 +172,7 @@ def judged(problem: CudaProblem, steps: dict, inputs: Any, true: list) -> dict[s
             first_call = time.monotonic() - began
             error = max(_error(result, exact) for result, exact in zip(results, true, strict=True))
         except Exception as failure:  # of whatever kind: the others are raced all the same
-            entries[name] = {"status": "failed", "reason": _line(failure)}
+            entries[name] = {"status": "failed", "reason": cuda_report.one_line(failure)}
             continue
         entry = {"status": "right", "largest_error": error, "first_call_seconds": first_call}
         if not error <= BOUNDS[problem.numbers]:
@@ -180,12 +196,12 @@ def _error(result, exact) -> float:
     return float((result.double() - exact).abs().max() / exact.abs().max().clamp(min=1e-30))
 
 
+def _is_lost(entry: dict) -> bool:
+    return entry["status"] == "failed" and "OutOfMemoryError" not in entry["reason"]
+
+
 def _ours_failed(record: dict) -> bool:
     return record["providers"][cuda_report.OURS]["status"] != "timed"
-
-
-def _line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {(str(error).strip() or 'nothing said').splitlines()[0]}"
 
 
 def _version(name: str) -> str:

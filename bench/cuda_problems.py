@@ -1,4 +1,4 @@
-"""What is raced on a card: Xception's layers at 299x299, as products, depthwise and separable convolutions.
+"""What is raced on a card: Xception's layers at 299x299, as products, depthwise and separable ones, and the network.
 
 Letters as in `problems`; numbers are "float32" (no shortcuts), "tf32" (float32 whose products may be TF32) or
 "bfloat16", the same for every provider.
@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from .problems import XCEPTION
+from .problems import PREDICT, TRAIN, XCEPTION
 
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward+backward"
 NUMBERS = ("float32", "tf32", "bfloat16")
 ITEM_BYTES = {"float32": 4, "tf32": 4, "bfloat16": 2}
 TAPS = 3
+XCEPTION_FLOPS = 16_700_000_000  # of the whole network, an image of 299x299, forward
 QUICK_SIZES = {("pointwise", 19), ("pointwise", 74), ("depthwise", 19), ("depthwise", 37)}
 
 
@@ -64,10 +65,37 @@ class CudaProblem:
         return ITEM_BYTES[self.numbers] * numbers
 
 
-def problems(quick: bool = False) -> list[CudaProblem]:
+@dataclass(frozen=True)
+class CudaNetwork:
+    """keras.applications.Xception whole, on images `[N,size,size,3]`, to predict with or to take a step of training."""
+
+    mode: str
+    numbers: str
+    batch: int = 32
+    size: int = 299
+    op: str = "network"
+
+    @property
+    def group(self) -> str:
+        return self.name
+
+    @property
+    def name(self) -> str:
+        return f"xception {self.size} {self.mode}, {self.numbers}, batch {self.batch}"
+
+    @property
+    def flops(self) -> int:
+        """Those of the convolutions and the dense layer; training costs three forward passes."""
+        return round(XCEPTION_FLOPS * (self.size / 299) ** 2) * self.batch * (1 if self.mode == PREDICT else 3)
+
+    least_bytes = 0  # it is not known what the other layers may leave out
+
+
+def problems(quick: bool = False) -> list[CudaProblem | CudaNetwork]:
     """Everything that is raced, what tells most first; `quick` leaves out batch 128 and most single operations."""
     return [
         *(_layers("separable", FORWARD, 32, NUMBERS)),
+        *(CudaNetwork(mode, numbers) for mode in (PREDICT, TRAIN) for numbers in ("float32", "bfloat16")),
         *(_kept(_layers("pointwise", FORWARD, 32, NUMBERS), quick)),
         *(_kept(_layers("depthwise", FORWARD, 32, ("float32", "bfloat16")), quick)),
         *(_kept(_layers("depthwise", BACKWARD, 32, ("float32", "bfloat16")), quick)),

@@ -14,7 +14,7 @@ from pathlib import Path
 from .report import table
 from .stats import geometric_mean
 
-OURS = "fastsepconv"
+OURS, STOCK = "fastsepconv", "stock layers"
 # How many times as fast as the libraries it should be at least, by the start of the group's name: the first that fits.
 TARGETS = {
     "pointwise forward, float32": 1.5,
@@ -25,11 +25,20 @@ TARGETS = {
     "separable forward, tf32": 0.9,
     "separable forward, bfloat16": 1.1,
     "separable forward+backward": 1.3,
+    "xception 299 predict, float32": 1.2,
+    "xception 299 train, float32": 1.2,
+    "xception 299 predict, bfloat16": 1.0,
+    "xception 299 train, bfloat16": 1.0,
 }
 
 
 def target(group: str) -> float | None:
     return next((least for begin, least in TARGETS.items() if group.startswith(begin)), None)
+
+
+def one_line(error: BaseException) -> str:
+    """An error's kind and the first line of its words."""
+    return f"{type(error).__name__}: {(str(error).strip() or 'nothing said').splitlines()[0]}"
 
 
 def groups(run: dict) -> dict[str, list[dict]]:
@@ -50,7 +59,8 @@ def problem_line(record: dict, ceilings: dict) -> str:
         times, ratio = entry["seconds"], entry.get("ratio")
         spread = f"({_us(times['q25'])} - {_us(times['q75'])})"
         against = "" if ratio is None else f", {ratio['ratio']:.2f}x{' LOSS' if ratio['ratio'] < 1 else ''}"
-        parts.append(f"{label} {_us(times['median'])} us {spread}{against}")
+        host = f", the host {_us(entry['host_seconds'])} us" if "host_seconds" in entry else ""
+        parts.append(f"{label} {_us(times['median'])} us {spread}{host}{against}")
     share = share_of_ceiling(record, ceilings)
     reached = "" if share is None else f" [{100 * share:.0f} % of what the card can do]"
     return f"{record['name']}{reached}: " + "; ".join(parts)
@@ -128,6 +138,8 @@ def _lists(run: dict) -> Iterator[str]:
     ]
     if untimed:
         yield "\n".join(["Not timed:", "", *untimed])
+    if run.get("no_networks"):
+        yield f"No whole network was raced: {run['no_networks']}."
     if run["left_out"]:
         yield f"No time was left for {len(run['left_out'])} problems: {', '.join(run['left_out'])}."
 

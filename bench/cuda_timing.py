@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -54,7 +55,33 @@ class Replay:
         return [begin.elapsed_time(end) / 1e3 / self.calls for begin, end in pairwise(marks)]
 
 
-def race(replays: dict[str, Replay], rounds: int, seconds: float) -> dict[str, list[list[float]]]:
+class Calls:
+    """A step that the host calls each time, as a user does, timed like a graph's replays."""
+
+    calls = 1
+
+    def __init__(self, step: Callable[[], Any]) -> None:
+        self.step = step
+        self.host: list[float] = []  # seconds that the host took for each call to return
+        for _ in range(2):  # what is chosen or compiled at the first call is not timed
+            step()
+        torch.cuda.synchronize()
+
+    def seconds(self, replays: int) -> list[float]:
+        """The seconds of one call, measured that many times."""
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
+        self.step()
+        marks[0].record()
+        for mark in marks[1:]:
+            began = time.perf_counter()
+            self.step()
+            self.host.append(time.perf_counter() - began)
+            mark.record()
+        torch.cuda.synchronize()
+        return [begin.elapsed_time(end) / 1e3 for begin, end in pairwise(marks)]
+
+
+def race(replays: Mapping[str, Replay | Calls], rounds: int, seconds: float) -> dict[str, list[list[float]]]:
     """Blocks of times by name, taken in turns: as many replays a block as make up its share of `seconds`."""
     times: dict[str, list[list[float]]] = {name: [] for name in replays}
     share = seconds / (rounds * len(replays))

@@ -56,10 +56,42 @@ def test_every_layer_of_xception_is_raced_in_every_way():
     assert len(set(names)) == len(names) == sum(found.values())
 
 
+def test_the_whole_network_predicts_and_trains_in_float32_and_bfloat16():
+    found = [(p.size, p.mode, p.numbers, p.batch) for p in cuda_problems.problems() if p.op == "network"]
+    modes, numbers = ("predict", "train"), ("float32", "bfloat16")
+    assert sorted(found) == sorted((299, mode, each, 32) for mode in modes for each in numbers)
+    aims = {p.numbers: cuda_report.target(p.group) for p in cuda_problems.problems() if p.op == "network"}
+    assert aims == {"float32": 1.2, "bfloat16": 1.0}
+
+
+def test_networks_that_cannot_be_raced_are_told():
+    run = run_of((MIDDLE, 1.5)) | {"no_networks": "Keras is not installed"}
+    assert "No whole network was raced: Keras is not installed." in cuda_report.markdown(run)
+
+
+def test_what_the_host_takes_is_told():
+    network = cuda_problems.CudaNetwork("predict", "bfloat16")
+    run = {"problems": [], "left_out": []}
+    ours, stock = entry(median=2e-2, host_seconds=1.5e-2), entry(median=3e-2, ratio={"ratio": 1.5}, host_seconds=9e-3)
+    cuda.race_all(run, [network], 60, lambda problem: {"fastsepconv": ours, "stock layers": stock}, lambda record: None)
+    (record,) = run["problems"]
+    line = cuda_report.problem_line(record, CEILINGS)
+    assert line.startswith("xception 299 predict, bfloat16, batch 32 [") and "20000 us" in line
+    assert "the host 15000 us; stock layers 30000 us (27000 - 33000), the host 9000 us, 1.50x" in line
+
+
+def test_out_of_memory_leaves_the_card_as_it_was():
+    run, full = {"problems": [], "left_out": []}, entry("failed") | {"reason": "OutOfMemoryError: no room"}
+    chosen = cuda_problems.problems()[:2]
+    cuda.race_all(run, chosen, 60, lambda problem: {"fastsepconv": full, "cuDNN": full}, lambda record: None)
+    assert len(run["problems"]) == 2 and run["left_out"] == []
+
+
 def test_a_quick_race_keeps_the_separable_convolutions_and_some_of_the_others():
     quick, whole = cuda_problems.problems(quick=True), cuda_problems.problems()
     assert set(quick) < set(whole) and len(quick) < 100
-    assert {p.op for p in quick} == {"separable", "pointwise", "depthwise"} and {p.batch for p in quick} == {32}
+    assert {p.op for p in quick} == {"separable", "network", "pointwise", "depthwise"}
+    assert {p.batch for p in quick} == {32}
     assert sum(p.op == "separable" for p in quick) == sum(p.op == "separable" for p in whole)
 
 

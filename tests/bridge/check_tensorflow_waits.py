@@ -1,6 +1,6 @@
 """What TensorFlow's ops on a card ask of the driver, and in which order: run with `exchanged_devices`.
 
-The driver is a double, whose kernels do nothing; TensorFlow, its memory and all code between it and the driver are the real ones.
+The driver is a double, whose kernels do nothing; TensorFlow, its memory and all code between the two are the real ones.
 """
 
 from __future__ import annotations

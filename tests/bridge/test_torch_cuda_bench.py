@@ -8,11 +8,21 @@ import os
 import pytest
 
 from fastsepconv.bench import cuda
-from fastsepconv.bench.cuda_problems import BACKWARD, BOTH, FORWARD, NUMBERS, CudaProblem
+from fastsepconv.bench.cuda_problems import (
+    BACKWARD,
+    BOTH,
+    FORWARD,
+    NUMBERS,
+    PREDICT,
+    TRAIN,
+    CudaNetwork,
+    CudaProblem,
+)
+from fastsepconv.bench.cuda_report import OURS, STOCK
 
 from .torch_cases import torch
 
-from fastsepconv.bench import cuda_providers, cuda_timing  # isort: skip  # they import PyTorch
+from fastsepconv.bench import cuda_networks, cuda_providers, cuda_timing  # isort: skip  # they import PyTorch
 
 CASES = [("separable", FORWARD), ("separable", BOTH), ("depthwise", FORWARD), ("depthwise", BACKWARD)]
 CASES += [("pointwise", FORWARD)]
@@ -112,11 +122,12 @@ class Timed:
 
 
 def test_a_whole_run_without_a_card(monkeypatch, tmp_path, capsys):
-    problem = small("separable", BOTH)
+    problem, network = small("separable", BOTH), CudaNetwork(PREDICT, "float32", **NETWORK)
     make = cuda_providers.tensors
-    Timed.made = 0
+    Timed.made = TimedCalls.made = 0
     monkeypatch.setattr(cuda, "obstacle", lambda: None)
-    monkeypatch.setattr(cuda, "problems", lambda quick: [problem])
+    monkeypatch.setattr(cuda, "problems", lambda quick: [problem, network])
+    monkeypatch.setattr(cuda_timing, "Calls", TimedCalls)
     monkeypatch.setattr(cuda_providers, "tensors", lambda problem, device, seed: make(problem, "cpu", seed))
     monkeypatch.setattr(cuda_timing, "Replay", Timed)
     monkeypatch.setattr(cuda_timing, "cache_bytes", lambda: 2**10)
@@ -127,8 +138,9 @@ def test_a_whole_run_without_a_card(monkeypatch, tmp_path, capsys):
     file = tmp_path / "run.json"
     assert cuda.main(["--quick", "--save", str(file)]) == cuda.OK
     run = json.loads(file.read_text())
-    (record,) = run["problems"]
+    record, whole = run["problems"]
     assert record["providers"]["cuDNN"]["ratio"]["ratio"] == pytest.approx(2)
+    assert whole["providers"][STOCK]["ratio"]["ratio"] == pytest.approx(0.5) and run["no_networks"] is None
     assert run["card"] == "Not a Card" and run["tier"] == "plain" and run["versions"]["torch"] == torch.__version__
     said = capsys.readouterr().out
     assert f"{problem.name} [" in said and "| separable forward+backward, float32, batch 2 |" in said
@@ -136,3 +148,129 @@ def test_a_whole_run_without_a_card(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(cuda, "BOUNDS", {"float32": 0.0})
     assert cuda.main(["--save", str(file)]) == cuda.CHECK_FAILED
     assert "Not timed:" in capsys.readouterr().out
+    monkeypatch.setenv("KERAS_BACKEND", "jax")
+    cuda.main(["--save", str(file)])
+    assert len(json.loads(file.read_text())["problems"]) == 1
+    assert "No whole network was raced: Keras runs on jax" in capsys.readouterr().out
+
+
+NETWORK = {"batch": 2, "size": 71}
+
+
+@pytest.fixture
+def models():
+    """The network in stock layers and in ours, the same weights."""
+    problem = CudaNetwork(TRAIN, "float32", **NETWORK)
+    built = {label: cuda_networks.build(problem, "float32", ours=label == OURS) for label in (STOCK, OURS)}
+    built[OURS].set_weights(built[STOCK].get_weights())
+    return problem, built
+
+
+class TimedCalls(cuda_timing.Calls):
+    """Calls the step once, and times it by its order."""
+
+    made = 0
+
+    def __init__(self, step):
+        type(self).made += 1
+        self.place, self.host, self.results = self.made, [0.5], step()
+
+    def seconds(self, replays):
+        return [1e-4 * self.place] * replays
+
+
+@pytest.mark.parametrize("mode", [PREDICT, TRAIN])
+@pytest.mark.parametrize("numbers", ["float32", "bfloat16"])
+def test_a_whole_network_is_raced(monkeypatch, mode, numbers):
+    monkeypatch.setattr(cuda_timing, "Calls", TimedCalls)
+    TimedCalls.made = 0
+    entries = cuda_networks.race(CudaNetwork(mode, numbers, **NETWORK), 1.0)
+    assert [*entries] == [OURS, STOCK]
+    assert all(e["status"] == "timed" and e["host_seconds"] == 0.5 for e in entries.values()), entries
+    assert all(0 < e["largest_error"] < cuda_networks.SANE[numbers] for e in entries.values()), entries
+    assert entries[STOCK]["ratio"]["ratio"] == pytest.approx(0.5) and "ratio" not in entries[OURS]
+
+
+def test_networks_are_of_the_layers_they_are_called_by_and_compute_in_their_numbers():
+    import keras
+
+    import fastsepconv
+
+    for ours, kind in ((True, fastsepconv.FastSeparableConv2D), (False, keras.layers.SeparableConv2D)):
+        model = cuda_networks.build(CudaNetwork(PREDICT, "bfloat16", **NETWORK), "bfloat16", ours=ours)
+        layers = [layer for layer in model.layers if isinstance(layer, keras.layers.SeparableConv2D)]
+        assert len(layers) == 34 and all(type(layer) is kind for layer in layers)
+        assert {(layer.compute_dtype, layer.variable_dtype) for layer in layers} == {("bfloat16", "float32")}
+    assert keras.config.dtype_policy().name == "float32"
+
+
+def test_a_timed_step_trains(models):
+    problem, built = models
+    images, labels = cuda_networks.inputs(problem, 2)
+    before = built[OURS].get_weights()
+    for model in built.values():
+        cuda_networks.step(problem, model, images, labels)()
+    moved = [abs(now - old).max() for now, old in zip(built[OURS].get_weights(), before, strict=True)]
+    assert sum(m > 0 for m in moved) > len(moved) / 2
+    after = [model(images, training=False).detach() for model in built.values()]
+    assert (after[0] - after[1]).norm() < 0.05 * after[0].norm()
+
+
+def test_wrong_networks_are_found_out(models, monkeypatch):
+    problem, built = models
+    kernels = [v for v in built[OURS].trainable_variables if "pointwise_kernel" in v.path]
+    kernels[-1].assign(kernels[-1] * 1.001)
+    assert {label: e["status"] for label, e in cuda_networks.judged(problem, built).items()} == {
+        STOCK: "right", OURS: "wrong",
+    }  # fmt: skip
+    kernels[-1].assign(kernels[-1] * torch.nan)
+    assert "off by inf" in cuda_networks.judged(problem, built)[OURS]["reason"]
+    compute = cuda_networks.results
+
+    def fails(problem, model, *inputs):
+        if model is built[OURS]:
+            raise torch.cuda.OutOfMemoryError("no room\nat all")
+        return compute(problem, model, *inputs)
+
+    monkeypatch.setattr(cuda_networks, "results", fails)
+    found = cuda_networks.judged(problem, built)[OURS]
+    assert found == {"status": "failed", "reason": "OutOfMemoryError: no room"} and not cuda._is_lost(found)
+
+
+def test_the_networks_operations_are_those_of_the_model():
+    model = cuda_networks.build(CudaNetwork(PREDICT, "float32"), "float32")
+    total = 0
+    for layer in model.layers:
+        pixels = torch.Size(layer.output.shape[1:-1]).numel()
+        total += sum(2 * pixels * torch.Size(w.shape).numel() for w in layer.weights if "kernel" in w.name)
+    assert CudaNetwork(PREDICT, "float32").flops == pytest.approx(32 * total, rel=0.01)
+    assert CudaNetwork(TRAIN, "float32").flops == 3 * CudaNetwork(PREDICT, "float32").flops
+
+
+def test_calls_are_timed_by_events(monkeypatch):
+    clock = [0.0]
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.time = clock[0]
+
+        def elapsed_time(self, end):
+            return end.time - self.time
+
+    def step():
+        clock[0] += 20.0  # milliseconds
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    calls = cuda_timing.Calls(step)
+    assert calls.seconds(3) == pytest.approx([0.02] * 3) and len(calls.host) == 3
+    assert {name: len(rounds) for name, rounds in cuda_timing.race({"a": calls}, 5, 1.0).items()} == {"a": 5}
+
+
+@pytest.mark.parametrize(("backend", "why"), [("torch", None), ("jax", "Keras runs on jax, not on torch")])
+def test_networks_need_keras_on_torch(monkeypatch, backend, why):
+    monkeypatch.setenv("KERAS_BACKEND", backend)
+    assert cuda_networks.obstacle() == why
