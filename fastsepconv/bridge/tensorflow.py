@@ -118,6 +118,17 @@ def status() -> dict[str, object]:
     return {"path": path, "reason": reason, "backend": backend, "tensorflow": tf.__version__}
 
 
+def synchronize() -> None:
+    """Wait until all that was put on cards is done."""
+    if tf.config.list_logical_devices("GPU"):
+        tf.test.experimental.sync_devices()
+
+
+def exact_float32() -> None:
+    """From now on TensorFlow's own products of float32 take no shortcuts on a card."""
+    tf.config.experimental.enable_tensor_float_32_execution(False)
+
+
 def _forward(x: tf.Tensor) -> Callable[..., tf.Tensor]:
     """What computes an operation on x: the ops, whose kernels are the CPU's or, for tensors there, a card's; those of
     another backend on arrays.

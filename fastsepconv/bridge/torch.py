@@ -92,6 +92,18 @@ def status() -> dict[str, object]:
     return {"path": "custom operators", "backend": dispatch.explain().name, "torch": torch.__version__}
 
 
+def synchronize() -> None:
+    """Wait until all that was put on cards is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def exact_float32() -> None:
+    """From now on PyTorch's own products of float32 take no shortcuts on a card."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+
+
 def _convolve(kind: str, operands: dict, bias, attributes: dict, data_format: str) -> torch.Tensor:
     channels_first = checks.data_format(data_format) == "channels_first"
     x = _tensor(operands.pop("x"))

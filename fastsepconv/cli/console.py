@@ -55,6 +55,25 @@ def add_command(
     return command
 
 
+def add_backend_option(command: argparse.ArgumentParser) -> None:
+    """Add --backend, whose value `choose_backend` takes."""
+    from fastsepconv import dispatch
+
+    help = f"whose kernels compute (default: what {dispatch.ENVIRONMENT} says, else auto)"
+    command.add_argument("--backend", choices=dispatch.NAMES, help=help)
+
+
+def choose_backend(name: str | None) -> None:
+    """Let the backend of that name compute; CommandError where it cannot run here."""
+    from fastsepconv import dispatch
+
+    if name is not None:
+        try:
+            dispatch.set_backend(name)
+        except ValueError as error:
+            raise CommandError(str(error), USAGE) from error
+
+
 def count(smallest: int) -> Callable[[str], int]:
     """An argparse type: an integer not below `smallest`."""
 

@@ -10,7 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastsepconv.cli import data
-from fastsepconv.cli.console import CHECK_FAILED, OK, Console, add_command, count, load_keras, require
+from fastsepconv.cli.console import (
+    CHECK_FAILED,
+    OK,
+    Console,
+    add_backend_option,
+    add_command,
+    choose_backend,
+    count,
+    load_keras,
+    require,
+)
 from fastsepconv.cli.recipe import LAST, Recipe
 from fastsepconv.cli.train import add_recipe_arguments, execute, show_operations
 
@@ -35,6 +45,7 @@ batches, and then puts the same weights in both: outputs, gradients and times, s
 EXAMPLES = (
     "fastsepconv demo",
     "fastsepconv demo --out /tmp/demo --seed 1 --json",
+    "KERAS_BACKEND=torch fastsepconv demo --backend cuda    all of it on a card",
     "fastsepconv demo --images 400 --num-blocks 1 --epochs 2    a quick look; accuracy is not judged then",
 )
 
@@ -65,6 +76,7 @@ def add_parser(subparsers: Any) -> None:
         "--out", type=Path, default=Path("fastsepconv-demo"), metavar="DIR", help="default: %(default)s"
     )
     command.add_argument("--images", type=count(100), metavar="N", help="take only the first N digits")
+    add_backend_option(command)
     add_recipe_arguments(command, RECIPE, leave_out=("--layer", "--dtype", "--order"))
 
 
@@ -73,11 +85,15 @@ def run(args: argparse.Namespace) -> int:
     began = time.perf_counter()
     console = Console(args.json)
     require(sklearn="scikit-learn", matplotlib="matplotlib", PIL="pillow")
+    choose_backend(args.backend)
     given = {field.name: getattr(args, field.name) for field in fields(Recipe) if hasattr(args, field.name)}
     recipe = replace(RECIPE, **given)
     source, dataset = _digits(args, console)
 
     load_keras()
+    from fastsepconv.cli import side_by_side
+
+    side_by_side.kernels().exact_float32()
     console.heading("An Xception on FastSeparableConv2D")
     ours = execute(recipe, source, dataset, args.out / "fastsepconv", console)
     console.heading("The same on Keras's SeparableConv2D, from the same initial weights and batches")
@@ -85,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
 
     show_operations(ours, console)
 
-    from fastsepconv.cli import pictures, side_by_side
+    from fastsepconv.cli import pictures
 
     console.heading("The same weights in both networks")
     comparison = side_by_side.compare(ours.model, stock.model, dataset, recipe, console)
@@ -170,7 +186,7 @@ def _show(ours: Outcome, stock: Outcome, comparison: Comparison, checks: Sequenc
     compiled = (
         f"{len(kernels)} kernels in {ours.compilation.seconds:.1f} s" if kernels else "none: all were on the disk"
     )
-    console.say(f"  compiled at the first call: {compiled}")
+    console.say(f"  kernels of the CPU compiled at the first call: {compiled}")
     console.table(
         ("check", "value", "limit", ""),
         [

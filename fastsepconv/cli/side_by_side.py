@@ -6,12 +6,13 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from statistics import median
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 
-from fastsepconv import verify
+from fastsepconv import bridge, verify
 from fastsepconv.cli import training
 from fastsepconv.cli.console import Console
 from fastsepconv.cli.data import Dataset, Images, scaled
@@ -68,6 +69,14 @@ def compare(ours: keras.Model, stock: keras.Model, dataset: Dataset, recipe: Rec
     )
 
 
+def kernels() -> ModuleType:
+    """The bridge from Keras's backend to the kernels; `load_keras` has seen to it that there is one."""
+    module = bridge.for_backend(keras.backend.backend())
+    if module is None:
+        raise RuntimeError(f"There is no bridge for Keras's backend {keras.backend.backend()!r}.")
+    return module
+
+
 def document(comparison: Comparison) -> dict[str, Any]:
     """The comparison as plain dicts and numbers, for JSON."""
     names = ("fastsepconv", "keras")
@@ -101,7 +110,7 @@ def _times(ours: keras.Model, stock: keras.Model, dataset: Dataset, recipe: Reci
 
 
 class _Stopwatch(keras.callbacks.Callback):
-    """Times each step but a turn's first, which pays for the other model's having run."""
+    """Times each step, the work of a card included, but a turn's first: it pays for the other model's having run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -115,9 +124,12 @@ class _Stopwatch(keras.callbacks.Callback):
     on_predict_batch_begin = on_train_batch_begin
 
     def on_train_batch_end(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
-        if batch:
-            self.train.append(time.perf_counter() - self.began)
+        self._note(batch, self.train)
 
     def on_predict_batch_end(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
+        self._note(batch, self.predict)
+
+    def _note(self, batch: int, times: list[float]) -> None:
+        kernels().synchronize()
         if batch:
-            self.predict.append(time.perf_counter() - self.began)
+            times.append(time.perf_counter() - self.began)

@@ -21,9 +21,12 @@ from fastsepconv.cli.console import (
     USAGE,
     CommandError,
     Console,
+    add_backend_option,
     add_command,
+    choose_backend,
     count,
     fraction,
+    keras_backend,
     load_keras,
     positive,
     require,
@@ -76,6 +79,7 @@ def add_parser(subparsers: Any) -> None:
         metavar="PART",
         help="validate on this part of the training images (default: on X_test, as the tutorial, or PublicTest)",
     )
+    add_backend_option(command)
     add_recipe_arguments(command, Recipe())
 
 
@@ -104,6 +108,7 @@ def add_recipe_arguments(command: argparse.ArgumentParser, default: Recipe, leav
 def run(args: argparse.Namespace) -> int:
     """Train as the arguments say; returns the exit code."""
     console = Console(args.json)
+    choose_backend(args.backend)
     given = {field.name: getattr(args, field.name) for field in fields(Recipe) if hasattr(args, field.name)}
     del given["seed"]
     if args.resume:
@@ -134,9 +139,18 @@ def execute(
     missing = [name for name in ("tensorboard", "tensorflow") if find_spec(name) is None]
     if missing:
         console.say(f"  no TensorBoard log: Keras writes it with TensorFlow. Missing: {', '.join(missing)}")
+    elif keras_backend() != "tensorflow":
+        _keep_tensorflow_off_cards()
     outcome = training.train(recipe, source, dataset, out, console, resume=resume, tensorboard=not missing)
     _leave(outcome, dataset, out, console)
     return outcome
+
+
+def _keep_tensorflow_off_cards() -> None:
+    """TensorFlow, which only writes the log, would take all memory of a card that another backend computes on."""
+    import tensorflow
+
+    tensorflow.config.set_visible_devices([], "GPU")
 
 
 def _source(args: argparse.Namespace) -> data.Source:

@@ -51,6 +51,23 @@ def test_predict_and_verify_take_the_trained_model(demo):
     assert command("verify", model)["passed"]
 
 
+def test_the_demo_has_its_products_exact_on_a_card_and_tensorflow_off_it(monkeypatch):
+    import types
+
+    from fastsepconv.bridge import torch as bridge
+    from fastsepconv.cli import train
+
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    bridge.exact_float32()
+    assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
+    hidden = []
+    config = types.SimpleNamespace(set_visible_devices=lambda *arguments: hidden.append(arguments))
+    monkeypatch.setitem(sys.modules, "tensorflow", types.SimpleNamespace(config=config))
+    train._keep_tensorflow_off_cards()
+    assert hidden == [([], "GPU")]
+
+
 def test_doctor_tells_of_pytorch():
     document = command("doctor")
     assert document["well"] and document["checks"]["torch"]["details"]["torch"] == torch.__version__

@@ -10,8 +10,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from fastsepconv import dispatch
 from fastsepconv.cli import demo, main, side_by_side
-from fastsepconv.cli.console import CHECK_FAILED, OK
+from fastsepconv.cli.console import CHECK_FAILED, OK, USAGE, choose_backend
 
 SMALL = ("--images", "120", "--num-blocks", "0", "--epochs", "1", "--batch-size", "32")
 
@@ -117,6 +118,35 @@ def test_each_disagreement_fails_a_check(field, value):
 )
 def test_accuracy_has_to_be_high_and_near_keras(ours, stock, passed):
     assert all(check.passed for check in demo._accuracy(outcome(ours), outcome(stock))) is passed
+
+
+def test_a_backend_that_cannot_run_here_is_refused_in_a_line(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(dispatch, "_obstacle", lambda backend: "there is no card" if backend.name == "cuda" else None)
+    assert main(["demo", "--backend", "cuda", "--out", str(tmp_path / "demo")]) == USAGE
+    said = capsys.readouterr()
+    assert "there is no card. Received: backend='cuda'" in said.err and said.err.count("\n") == 1
+    assert not (tmp_path / "demo").exists()
+
+
+@pytest.mark.parametrize("name", ["reference", None])
+def test_the_backend_that_is_named_computes(monkeypatch, name):
+    monkeypatch.setattr(dispatch, "_chosen", "cpu")
+    choose_backend(name)
+    assert dispatch.get_backend() == (name or "cpu")
+
+
+def test_a_step_is_over_when_the_card_is_done(monkeypatch):
+    clock, waited = [0.0], []
+    bridge = SimpleNamespace(synchronize=lambda: waited.append(clock.append(clock.pop() + 1.0)))
+    monkeypatch.setattr(side_by_side, "kernels", lambda: bridge)
+    monkeypatch.setattr(side_by_side.time, "perf_counter", lambda: clock[0])
+    stopwatch = side_by_side._Stopwatch()
+    for batch in range(3):
+        stopwatch.on_train_batch_begin(batch)
+        stopwatch.on_train_batch_end(batch)
+        stopwatch.on_predict_batch_begin(batch)
+        stopwatch.on_predict_batch_end(batch)
+    assert stopwatch.train == stopwatch.predict == [1.0, 1.0] and len(waited) == 6
 
 
 @pytest.mark.parametrize(("error", "code"), [(1e-6, OK), (1e-3, CHECK_FAILED)])
