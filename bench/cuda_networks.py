@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from importlib.util import find_spec
 from statistics import median
 from typing import Any
 
@@ -33,14 +32,25 @@ Results = list[torch.Tensor]
 
 def obstacle() -> str | None:
     """Why no network can be raced here; None: it can."""
-    if not find_spec("keras"):
-        return "Keras is not installed"
     backend = os.environ.get("KERAS_BACKEND", "tensorflow")
-    return None if backend == "torch" else f"Keras runs on {backend}, not on torch"
+    if backend != "torch":
+        return f"Keras runs on {backend}, not on torch"
+    try:
+        import keras  # noqa: F401
+    except ImportError as error:
+        return f"Keras cannot be imported ({error})"
+    return None
 
 
 def race(problem: CudaNetwork, seconds: float) -> dict[str, dict]:
     """What each side did: "timed", "wrong" or "failed", with times, the error, and the ratio of the times to ours."""
+    try:
+        return _race(problem, seconds)
+    except Exception as failure:  # of whatever kind: the layers are raced all the same
+        return {label: {"status": "failed", "reason": one_line(failure)} for label in (OURS, STOCK)}
+
+
+def _race(problem: CudaNetwork, seconds: float) -> dict[str, dict]:
     with cuda_providers.numeric_switch(problem.numbers):
         models = {label: build(problem, problem.numbers, ours=label == OURS) for label in (STOCK, OURS)}
         models[OURS].set_weights(models[STOCK].get_weights())

@@ -80,11 +80,11 @@ def test_what_the_host_takes_is_told():
     assert "the host 15000 us; stock layers 30000 us (27000 - 33000), the host 9000 us, 1.50x" in line
 
 
-def test_out_of_memory_leaves_the_card_as_it_was():
-    run, full = {"problems": [], "left_out": []}, entry("failed") | {"reason": "OutOfMemoryError: no room"}
-    chosen = cuda_problems.problems()[:2]
-    cuda.race_all(run, chosen, 60, lambda problem: {"fastsepconv": full, "cuDNN": full}, lambda record: None)
-    assert len(run["problems"]) == 2 and run["left_out"] == []
+def test_a_network_that_fails_does_not_end_a_race():
+    run, failed = {"problems": [], "left_out": []}, entry("failed")
+    chosen = [cuda_problems.CudaNetwork("train", "float32"), MIDDLE, MIDDLE]
+    cuda.race_all(run, chosen, 60, lambda problem: {"fastsepconv": failed, "others": failed}, lambda record: None)
+    assert len(run["problems"]) == 2 and run["left_out"] == [MIDDLE.name]
 
 
 def test_a_quick_race_keeps_the_separable_convolutions_and_some_of_the_others():

@@ -107,7 +107,9 @@ def test_results_and_gradients_are_tensorflows(dtype, window, kind, in_graph, rn
     for name, our, their in zip(("y", "dx", "1", "2", "3"), (y, *found), (true, *expected), strict=False):
         assert our.dtype == dtype and on_card(our)
         assert_close(f"{kind} {name}", our.numpy(), their.numpy())
-    assert {name.partition("_")[0] for name in ran} >= steps_of(kind) and any(dtype in name for name in ran)
+    assert any(dtype in name for name in ran)
+    if dtype == "float64":  # of which there are plain kernels only
+        assert {name.partition("_")[0] for name in ran} >= steps_of(kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -341,7 +343,7 @@ def test_whole_networks_predict_and_fit_on_a_card_only(name, ran):
         model.compile(keras.optimizers.SGD(1e-3), "sparse_categorical_crossentropy")
         losses.append(model.fit(images, labels, batch_size=4, epochs=2, shuffle=False, verbose=0).history["loss"])
     np.testing.assert_allclose(*losses, rtol=1e-2)
-    assert sum("d_kernel" in kernel or "gradient" in kernel for kernel in ran) >= 2 * 34
+    assert len(ran) >= 34 * (1 + 2 * 2), "of each layer: a prediction, and two steps forward and back"
 
 
 def test_what_is_on_the_cpu_is_computed_there_or_copied_on_a_card_only(rng, backend, ran, monkeypatch):

@@ -6,9 +6,12 @@ import json
 import os
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
+
+from fastsepconv.cli import train
 
 from .torch_cases import torch
 
@@ -51,16 +54,22 @@ def test_predict_and_verify_take_the_trained_model(demo):
     assert command("verify", model)["passed"]
 
 
-def test_the_demo_has_its_products_exact_on_a_card_and_tensorflow_off_it(monkeypatch):
-    import types
-
+def test_pytorchs_own_products_are_exact_for_the_demo():
     from fastsepconv.bridge import torch as bridge
-    from fastsepconv.cli import train
 
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    bridge.exact_float32()
-    assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
+    switches = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [switch.allow_tf32 for switch in switches]
+    try:
+        for switch in switches:
+            switch.allow_tf32 = True
+        bridge.exact_float32()
+        assert not any(switch.allow_tf32 for switch in switches)
+    finally:
+        for switch, allowed in zip(switches, before, strict=True):
+            switch.allow_tf32 = allowed
+
+
+def test_tensorflow_that_only_writes_the_log_is_kept_off_cards(monkeypatch):
     hidden = []
     config = types.SimpleNamespace(set_visible_devices=lambda *arguments: hidden.append(arguments))
     monkeypatch.setitem(sys.modules, "tensorflow", types.SimpleNamespace(config=config))
