@@ -155,7 +155,7 @@ def noted(*arguments):
     cpu.run(*arguments)
 torch_kernels._DEVICES["cpu"] = cpu._replace(run=noted)
 launch.listeners.append(ran.add)
-code = main(["demo", "--json", "--out", {str(tmp_path)!r}])
+code = main(["demo", "--backend", "cuda", "--json", "--out", {str(tmp_path)!r}])
 print(json.dumps([len(on_cpu), sorted(ran)]), file=sys.stderr)
 sys.exit(code)
 """
