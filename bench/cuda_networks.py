@@ -22,10 +22,12 @@ CLASSES = 1000
 LEARNING_RATE = 1e-4
 CHECKED = 4  # images that the gate looks at, in float64 too
 ROUNDS = 5
-# What the stock layers' own rounding may come to, and how many times that is granted to ours: gradients run through
-# some forty ReLUs, which turn at zero, so that no bound on them holds for every draw of weights.
-SANE = {"float32": 2e-2, "bfloat16": 0.5}
-GRANTED, FLOOR = 3.0, 1e-6
+# Gradients run through some forty ReLUs, which turn at zero, and small batches' statistics: of bfloat16's, two fifths
+# are rounding, whoever computes them. So the stock layers have wide bounds, and ours GRANTED times what the stock
+# layers' rounding comes to, at least FLOOR, the bound of a single layer. A gradient of zeros is off by 1.
+SANE = {"float32": 2e-2, "bfloat16": 0.7}
+FLOOR = {"float32": 5e-5, "bfloat16": 2e-2}
+GRANTED, MOST = 2.0, 0.9
 
 Results = list[torch.Tensor]
 
@@ -51,10 +53,11 @@ def race(problem: CudaNetwork, seconds: float) -> dict[str, dict]:
 
 
 def _race(problem: CudaNetwork, seconds: float) -> dict[str, dict]:
-    with cuda_providers.numeric_switch(problem.numbers):
-        models = {label: build(problem, problem.numbers, ours=label == OURS) for label in (STOCK, OURS)}
-        models[OURS].set_weights(models[STOCK].get_weights())
+    models = {label: build(problem, problem.numbers, ours=label == OURS) for label in (STOCK, OURS)}
+    models[OURS].set_weights(models[STOCK].get_weights())
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False, benchmark=False):  # no search for a single step
         entries = judged(problem, models)
+    with cuda_providers.numeric_switch(problem.numbers):
         images, labels = inputs(problem, problem.batch)
         calls: dict[str, cuda_timing.Calls] = {}
         for label, entry in entries.items():
@@ -155,7 +158,7 @@ def judged(problem: CudaNetwork, models: dict[str, Any]) -> dict[str, dict]:
         stock = entries[STOCK].get("largest_error", 0.0)
         bound = SANE[problem.numbers]
         if label == OURS and entries[STOCK]["status"] == "right":
-            bound = GRANTED * stock + FLOOR
+            bound = min(MOST, max(GRANTED * stock, FLOOR[problem.numbers]))
         if not error <= bound:
             entry |= {"status": "wrong", "reason": f"off by {error:.1e}, more than {bound:.0e}"}
     return entries

@@ -10,8 +10,9 @@ the kernels here run on the thread's own stream, and wait: for all work on the c
 that for results and that for their own use, and for their own stream before they return. That costs at least two
 rounds to the card an operation, and the work of several operations does not overlap.
 
-They hold the GIL while they launch. What of a graph TensorFlow itself puts on the CPU (`tf.data`, constants folded)
-is computed by the CPU's kernels.
+Only the driver is shared with TensorFlow, whose CUDA libraries may be of another version. The kernels hold the GIL
+while they launch. What of a graph TensorFlow itself puts on the CPU (`tf.data`, constants folded) is computed by the
+CPU's kernels.
 """
 
 from __future__ import annotations

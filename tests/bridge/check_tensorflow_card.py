@@ -330,6 +330,7 @@ NETWORKS = {
 
 
 @pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("backend", ["auto"], indirect=True)
 def test_whole_networks_predict_and_fit_on_a_card_only(name, ran):
     """On a card only: for the simulator this is too much, a network of few channels is in `check_tensorflow`."""
     keras.utils.set_random_seed(3)
