@@ -143,7 +143,7 @@ def _forward(x: tf.Tensor) -> Callable[..., tf.Tensor]:
 
 
 def _runs_on_card(x: tf.Tensor) -> bool:
-    from . import tensorflow_card
+    from . import tensorflow_card  # which needs the C API
 
     return dispatch.get_backend() == "cuda" and tensorflow_card.takes(x)
 
