@@ -18,8 +18,8 @@ import numpy as np
 from .depthwise_line import inside, line_span
 from .depthwise_tiles import SLIDING_TAPS, correlate_row, correlate_tile
 from .jit import entry, kernel
-from .memory import address, ceil_div, keep, share, view
-from .multiplier import repeat_channels, single, sum_repeated
+from .memory import ceil_div, share, view
+from .multiplier import repeat_channels, repeated_length, single, sum_repeated
 from .pointwise import add_groups, column_sums
 from .pool import compiled_once, parallel_kernel
 from .scratch import give, take
@@ -277,9 +277,10 @@ def forward(dtype, g, x, kernel, bias, y, low, high, threads):
     if g.multiplier == 1:
         forward_single(dtype, threads, g, x, kernel, bias, y, low, high)
     else:
-        repeated = repeat_channels(dtype, g, x)
-        forward_single(dtype, threads, single(g), address(repeated), kernel, bias, y, low, high)
-        keep(repeated)
+        repeated = take(dtype, repeated_length(g))
+        repeat_channels(dtype, threads, g, x, repeated)
+        forward_single(dtype, threads, single(g), repeated, kernel, bias, y, low, high)
+        give(repeated)
 
 
 @kernel
@@ -298,11 +299,11 @@ def backward(dtype, g, x, kernel, dy, d_x, d_kernel, d_bias, threads):
     if g.multiplier == 1:
         _backward_single(dtype, g, x, kernel, dy, d_x, d_kernel, d_bias, threads)
     else:
-        repeated = repeat_channels(dtype, g, x)
-        d_repeated = np.empty(repeated.size if d_x != 0 else 0, dtype)
-        target = address(d_repeated) if d_x != 0 else 0
-        _backward_single(dtype, single(g), address(repeated), kernel, dy, target, d_kernel, d_bias, threads)
+        length = repeated_length(g)
+        repeated = take(dtype, 2 * length if d_x != 0 else length)
+        d_repeated = repeated + length * np.empty(0, dtype).itemsize if d_x != 0 else 0
+        repeat_channels(dtype, threads, g, x, repeated)
+        _backward_single(dtype, single(g), repeated, kernel, dy, d_repeated, d_kernel, d_bias, threads)
         if d_x != 0:
-            sum_repeated(dtype, g, d_repeated, d_x)
-        keep(repeated)
-        keep(d_repeated)
+            sum_repeated(dtype, threads, g, d_repeated, d_x)
+        give(repeated)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from ..geometry import Geometry
 from .jit import kernel
-from .memory import view
+from .memory import share, view
+from .pool import parallel_kernel
 
 
 @kernel
@@ -20,23 +19,36 @@ def single(g):
 
 
 @kernel
-def repeat_channels(dtype, g, x):
-    """x with each channel repeated `multiplier` times, as a new array `[N*H*W*C*M]`."""
+def repeated_length(g):
+    """Elements of x with each channel repeated `multiplier` times."""
+    return g.batch * g.height * g.width * g.channels * g.multiplier
+
+
+@parallel_kernel
+def repeat_channels(dtype, worker, workers, g, x, repeated):
+    """A worker's share of repeated[i*M + m] = x[i], i counting the elements of x.
+
+    Parallel over: elements of x.
+    """
     count = g.batch * g.height * g.width * g.channels
-    source = view(dtype, x, count)
-    repeated = np.empty(count * g.multiplier, dtype)
-    for i in range(count):
+    source, target = view(dtype, x, count), view(dtype, repeated, count * g.multiplier)
+    first, last = share(count, worker, workers)
+    for i in range(first, last):
         for m in range(g.multiplier):
-            repeated[i * g.multiplier + m] = source[i]
-    return repeated
+            target[i * g.multiplier + m] = source[i]
 
 
-@kernel
-def sum_repeated(dtype, g, repeated, d_x):
-    """d_x[i] = sum over m of repeated[i*M + m]: the gradient of `repeat_channels`."""
-    target = view(dtype, d_x, g.batch * g.height * g.width * g.channels)
-    for i in range(target.size):
-        total = repeated[i * g.multiplier]
+@parallel_kernel
+def sum_repeated(dtype, worker, workers, g, repeated, d_x):
+    """A worker's share of d_x[i] = sum over m of repeated[i*M + m]: the gradient of `repeat_channels`.
+
+    Parallel over: elements of d_x.
+    """
+    count = g.batch * g.height * g.width * g.channels
+    source, target = view(dtype, repeated, count * g.multiplier), view(dtype, d_x, count)
+    first, last = share(count, worker, workers)
+    for i in range(first, last):
+        total = source[i * g.multiplier]
         for m in range(1, g.multiplier):
-            total += repeated[i * g.multiplier + m]
+            total += source[i * g.multiplier + m]
         target[i] = total

@@ -21,7 +21,7 @@ from . import pointwise as pw
 from .gemm import TILE_ROWS
 from .jit import entry, kernel
 from .memory import address, fence, keep
-from .multiplier import repeat_channels, single, sum_repeated
+from .multiplier import repeat_channels, repeated_length, single, sum_repeated
 from .pool import parallel_kernel
 from .scratch import give, require, take, take_in_share
 
@@ -80,10 +80,10 @@ def forward(dtype, g, filters, x, depthwise, pointwise, bias, y, low, high, thre
     if g.multiplier == 1:
         _forward_single(dtype, g, filters, x, depthwise, pointwise, bias, y, low, high, threads)
     else:
-        repeated = repeat_channels(dtype, g, x)
-        wide = single(g)
-        _forward_single(dtype, wide, filters, address(repeated), depthwise, pointwise, bias, y, low, high, threads)
-        keep(repeated)
+        repeated = take(dtype, repeated_length(g))
+        repeat_channels(dtype, threads, g, x, repeated)
+        _forward_single(dtype, single(g), filters, repeated, depthwise, pointwise, bias, y, low, high, threads)
+        give(repeated)
 
 
 @kernel
@@ -128,16 +128,16 @@ def backward(dtype, g, filters, x, depthwise, pointwise, dy, d_x, d_depthwise, d
     if g.multiplier == 1:
         _backward_single(dtype, g, filters, x, depthwise, pointwise, dy, d_x, d_depthwise, d_pointwise, threads)
     else:
-        repeated = repeat_channels(dtype, g, x)
-        d_repeated = np.empty(repeated.size if d_x != 0 else 0, dtype)
-        target = address(d_repeated) if d_x != 0 else 0
+        length = repeated_length(g)
+        repeated = take(dtype, 2 * length if d_x != 0 else length)
+        d_repeated = repeated + length * np.empty(0, dtype).itemsize if d_x != 0 else 0
+        repeat_channels(dtype, threads, g, x, repeated)
         _backward_single(
-            dtype, single(g), filters, address(repeated), depthwise, pointwise, dy,
-            target, d_depthwise, d_pointwise, threads,
+            dtype, single(g), filters, repeated, depthwise, pointwise, dy,
+            d_repeated, d_depthwise, d_pointwise, threads,
         )  # fmt: skip
         if d_x != 0:
-            sum_repeated(dtype, g, d_repeated, d_x)
-        keep(repeated)
-        keep(d_repeated)
+            sum_repeated(dtype, threads, g, d_repeated, d_x)
+        give(repeated)
     if d_bias != 0:
         pw.column_sums(dtype, g.batch * g.out_height * g.out_width, filters, dy, d_bias, threads)
