@@ -22,7 +22,7 @@ from .memory import ceil_div, share, view
 from .multiplier import repeat_channels, repeated_length, single, sum_repeated
 from .pointwise import add_groups, column_sums
 from .pool import compiled_once, parallel_kernel
-from .scratch import give, take
+from .scratch import give, require, take, try_take
 from .simd import lanes
 from .tiles import CHOSEN
 
@@ -263,12 +263,15 @@ def _kernel_gradient(dtype, worker, workers, g, x, dy, sums):
 
 @kernel
 def kernel_gradient(dtype, g, x, dy, d_kernel, accumulate, threads):
-    """Fills d_kernel, or adds to it with `accumulate`. Assumes: g.multiplier is 1."""
+    """Fills d_kernel, or adds to it with `accumulate`; says whether there was memory. Assumes: g.multiplier is 1."""
     size = g.kernel_height * g.kernel_width * g.channels
-    sums = take(dtype, GRADIENT_GROUPS * size)
+    sums = try_take(dtype, GRADIENT_GROUPS * size)
+    if sums == 0:
+        return False
     _kernel_gradient(dtype, GRADIENT_GROUPS if threads > 1 else 1, g, x, dy, sums)
     add_groups(dtype, GRADIENT_GROUPS, size, sums, d_kernel, accumulate)
     give(sums)
+    return True
 
 
 @entry
@@ -285,25 +288,30 @@ def forward(dtype, g, x, kernel, bias, y, low, high, threads):
 
 @kernel
 def _backward_single(dtype, g, x, kernel, dy, d_x, d_kernel, d_bias, threads):
+    """Fills what is wanted of d_x, d_kernel and d_bias; says whether there was memory. Assumes: g.multiplier is 1."""
+    had_memory = True
     if d_x != 0:
         input_gradient(dtype, threads, g, kernel, dy, d_x)
     if d_kernel != 0:
-        kernel_gradient(dtype, g, x, dy, d_kernel, False, threads)
+        had_memory &= kernel_gradient(dtype, g, x, dy, d_kernel, False, threads)
     if d_bias != 0:
-        column_sums(dtype, g.batch * g.out_height * g.out_width, g.channels, dy, d_bias, threads)
+        had_memory &= column_sums(dtype, g.batch * g.out_height * g.out_width, g.channels, dy, d_bias, threads)
+    return had_memory
 
 
 @entry
 def backward(dtype, g, x, kernel, dy, d_x, d_kernel, d_bias, threads):
     """Fills d_x, d_kernel and d_bias for dy `[N,P,Q,C*M]`, each where its address is not 0."""
     if g.multiplier == 1:
-        _backward_single(dtype, g, x, kernel, dy, d_x, d_kernel, d_bias, threads)
+        require(_backward_single(dtype, g, x, kernel, dy, d_x, d_kernel, d_bias, threads))
     else:
         length = repeated_length(g)
         repeated = take(dtype, 2 * length if d_x != 0 else length)
         d_repeated = repeated + length * np.empty(0, dtype).itemsize if d_x != 0 else 0
         repeat_channels(dtype, threads, g, x, repeated)
-        _backward_single(dtype, single(g), repeated, kernel, dy, d_repeated, d_kernel, d_bias, threads)
+        wide = single(g)
+        had_memory = _backward_single(dtype, wide, repeated, kernel, dy, d_repeated, d_kernel, d_bias, threads)
         if d_x != 0:
             sum_repeated(dtype, threads, g, d_repeated, d_x)
         give(repeated)
+        require(had_memory)

@@ -34,7 +34,7 @@ from .jit import entry, kernel
 from .memory import address, ceil_div, copy, fence, keep, share, view
 from .packing import pack_panel, pack_strip, strip_width
 from .pool import compiled_once, parallel_kernel
-from .scratch import give, require, take, take_in_share
+from .scratch import give, require, take_in_share, try_take
 
 GRADIENT_BLOCK_ROWS = 192  # rows summed in registers before d_kernel is touched again: L1 holds their panel and strip
 BIAS_GROUPS = 16  # partial sums of d_bias: a constant, so that the result does not depend on the thread count
@@ -82,25 +82,27 @@ def _multiply(
 
 @kernel
 def multiply(dtype, rows, depth, filters, x, kernel, row_stride, column_stride, bias, y, low, high, threads):
-    """y = clamp(x . kernel + bias), for a kernel of any strides. bias may be 0 (absent)."""
-    packed = take(dtype, shared_length(dtype, rows, depth, filters, row_stride, column_stride, threads))
-    zeros = np.zeros(filters, dtype)
+    """y = clamp(x . kernel + bias), a kernel of any strides; says whether there was memory. bias may be 0 (absent)."""
+    zeros, lacking = np.zeros(filters, dtype), np.zeros(1, np.intp)
     start = bias if bias != 0 else address(zeros)
+    packed = try_take(dtype, shared_length(dtype, rows, depth, filters, row_stride, column_stride, threads))
+    if packed == 0:
+        return False
     panels = shared_panels(dtype, rows, depth, filters, kernel, row_stride, column_stride, packed, threads)
-    parts, lacking = shares(dtype, rows, depth, threads), np.zeros(1, np.intp)
+    parts = shares(dtype, rows, depth, threads)
     _multiply(
         dtype, parts, rows, depth, filters, x, kernel, row_stride, column_stride, panels, start, y, low, high,
         address(lacking),
     )  # fmt: skip
     keep(zeros)
     give(packed)
-    require(lacking)
+    return lacking[0] == 0
 
 
 @entry
 def forward(dtype, rows, depth, filters, x, kernel, bias, y, low, high, threads):
     """Fills y. bias may be 0 (absent)."""
-    multiply(dtype, rows, depth, filters, x, kernel, filters, 1, bias, y, low, high, threads)
+    require(multiply(dtype, rows, depth, filters, x, kernel, filters, 1, bias, y, low, high, threads))
 
 
 @compiled_once
@@ -182,12 +184,12 @@ def _kernel_gradient(dtype, worker, workers, rows, depth, filters, x, x_row, dy,
 
 @kernel
 def kernel_gradient(dtype, rows, depth, filters, x, x_row, dy, d_kernel, accumulate, threads):
-    """d_kernel = x^T . dy, or += with `accumulate`."""
+    """d_kernel = x^T . dy, or += with `accumulate`; says whether there was memory."""
     if rows == 0 and not accumulate:
         view(dtype, d_kernel, depth * filters)[:] = 0
     lacking = np.zeros(1, np.intp)
     _kernel_gradient(dtype, threads, rows, depth, filters, x, x_row, dy, d_kernel, accumulate, address(lacking))
-    require(lacking)
+    return lacking[0] == 0
 
 
 @parallel_kernel
@@ -219,13 +221,16 @@ def add_groups(dtype, groups, size, sums, total, accumulate):
 
 @kernel
 def column_sums(dtype, rows, columns, x, total, threads):
-    """total[j] = sum over m of x[m,j]."""
+    """total[j] = sum over m of x[m,j]; says whether there was memory."""
     ones = np.ones(columns, dtype)
-    sums = take(dtype, BIAS_GROUPS * columns)
+    sums = try_take(dtype, BIAS_GROUPS * columns)
+    if sums == 0:
+        return False
     _column_sums(dtype, BIAS_GROUPS if threads > 1 else 1, rows, columns, x, address(ones), sums)
     add_groups(dtype, BIAS_GROUPS, columns, sums, total, False)
     give(sums)
     keep(ones)
+    return True
 
 
 @entry
@@ -233,8 +238,8 @@ def backward(dtype, rows, depth, filters, x, kernel, dy, d_x, d_kernel, d_bias, 
     """Fills d_x, d_kernel and d_bias, each where its address is not 0."""
     if d_x != 0:
         low, high = dtype(-np.inf), dtype(np.inf)
-        multiply(dtype, rows, filters, depth, dy, kernel, 1, filters, 0, d_x, low, high, threads)
+        require(multiply(dtype, rows, filters, depth, dy, kernel, 1, filters, 0, d_x, low, high, threads))
     if d_kernel != 0:
-        kernel_gradient(dtype, rows, depth, filters, x, depth, dy, d_kernel, False, threads)
+        require(kernel_gradient(dtype, rows, depth, filters, x, depth, dy, d_kernel, False, threads))
     if d_bias != 0:
-        column_sums(dtype, rows, filters, dy, d_bias, threads)
+        require(column_sums(dtype, rows, filters, dy, d_bias, threads))

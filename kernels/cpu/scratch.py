@@ -3,6 +3,9 @@
 A kernel wants the same few blocks at every call. Freed, they would go back to the system, and each call would begin
 with a page fault for every 4 KiB of them: 5 to 10 % of a small layer. So they are kept on a shelf, which any thread
 may take from and give to without a lock. The shelf holds as many blocks as were ever used at once.
+
+An exception would pass a caller by before it could give back its own blocks. So only what a kernel does first, and what
+it does last (`require`), may raise; everything in between returns whether there was memory.
 """
 
 from __future__ import annotations
@@ -61,14 +64,13 @@ def try_take(dtype, length):
 
 @kernel
 def take(dtype, length):
-    """As `try_take`.
+    """As `try_take`, for a caller that holds no other block.
 
     Raises:
         MemoryError: there is no memory.
     """
     block = try_take(dtype, length)
-    if block == 0:
-        raise MemoryError(NO_MEMORY)
+    require(block != 0)
     return block
 
 
@@ -82,13 +84,13 @@ def take_in_share(dtype, length, lacking):
 
 
 @kernel
-def require(lacking):
-    """After parallel work.
+def require(had_memory):
+    """When all blocks have been given back.
 
     Raises:
-        MemoryError: a share set the word in the array `lacking`.
+        MemoryError: it was not so.
     """
-    if lacking[0] != 0:
+    if not had_memory:
         raise MemoryError(NO_MEMORY)
 
 

@@ -23,7 +23,7 @@ from .jit import entry, kernel
 from .memory import address, fence, keep
 from .multiplier import repeat_channels, repeated_length, single, sum_repeated
 from .pool import parallel_kernel
-from .scratch import give, require, take, take_in_share
+from .scratch import give, require, take, take_in_share, try_take
 
 BACKWARD_BYTES = 2 << 20  # mid of so many images at once, and d_mid, both still in cache when read; at least one image
 
@@ -61,29 +61,33 @@ def _forward(dtype, worker, workers, g, filters, x, depthwise, pointwise, panels
 
 @kernel
 def _forward_single(dtype, g, filters, x, depthwise, pointwise, bias, y, low, high, threads):
-    """Fills y. Assumes: g.multiplier is 1."""
+    """Fills y; says whether there was memory. Assumes: g.multiplier is 1."""
     pixels, depth = g.batch * g.out_height * g.out_width, g.channels
-    packed = take(dtype, gemm.shared_length(dtype, pixels, depth, filters, filters, 1, threads))
-    zeros = np.zeros(filters, dtype)
+    zeros, lacking = np.zeros(filters, dtype), np.zeros(1, np.intp)
     start = bias if bias != 0 else address(zeros)
+    packed = try_take(dtype, gemm.shared_length(dtype, pixels, depth, filters, filters, 1, threads))
+    if packed == 0:
+        return False
     panels = gemm.shared_panels(dtype, pixels, depth, filters, pointwise, filters, 1, packed, threads)
-    shares, lacking = gemm.shares(dtype, pixels, depth, threads), np.zeros(1, np.intp)
+    shares = gemm.shares(dtype, pixels, depth, threads)
     _forward(dtype, shares, g, filters, x, depthwise, pointwise, panels, start, y, low, high, address(lacking))
     keep(zeros)
     give(packed)
-    require(lacking)
+    return lacking[0] == 0
 
 
 @entry
 def forward(dtype, g, filters, x, depthwise, pointwise, bias, y, low, high, threads):
     """Fills y `[N,P,Q,F]`. bias may be 0 (absent)."""
     if g.multiplier == 1:
-        _forward_single(dtype, g, filters, x, depthwise, pointwise, bias, y, low, high, threads)
+        require(_forward_single(dtype, g, filters, x, depthwise, pointwise, bias, y, low, high, threads))
     else:
         repeated = take(dtype, repeated_length(g))
         repeat_channels(dtype, threads, g, x, repeated)
-        _forward_single(dtype, single(g), filters, repeated, depthwise, pointwise, bias, y, low, high, threads)
+        wide = single(g)
+        had_memory = _forward_single(dtype, wide, filters, repeated, depthwise, pointwise, bias, y, low, high, threads)
         give(repeated)
+        require(had_memory)
 
 
 @kernel
@@ -98,12 +102,17 @@ def _images(g, count):
 
 @kernel
 def _backward_single(dtype, g, filters, x, depthwise, pointwise, dy, d_x, d_depthwise, d_pointwise, threads):
-    """Fills what is wanted of d_x, d_depthwise, d_pointwise, some images at a time. Assumes: g.multiplier is 1."""
+    """Fills what is wanted of d_x, d_depthwise, d_pointwise, some images at a time; says whether there was memory.
+
+    Assumes: g.multiplier is 1.
+    """
     low, high = dtype(-np.inf), dtype(np.inf)
     itemsize = np.empty(0, dtype).itemsize
     pixels, depth = g.out_height * g.out_width, g.channels
     images = min(g.batch, max(1, BACKWARD_BYTES // max(1, pixels * depth * itemsize)))
-    mid = take(dtype, 2 * images * pixels * depth)
+    mid, had_memory = try_take(dtype, 2 * images * pixels * depth), True
+    if mid == 0:
+        return False
     d_mid = mid + images * pixels * depth * itemsize
     for n in range(0, max(1, g.batch), max(1, images)):  # an empty batch passes once: its gradients are zero
         part = _images(g, min(images, g.batch - n))
@@ -111,28 +120,35 @@ def _backward_single(dtype, g, filters, x, depthwise, pointwise, dy, d_x, d_dept
         x_part, dy_part = x + n * g.height * g.width * depth * itemsize, dy + n * pixels * filters * itemsize
         if d_pointwise != 0:
             dw.forward_single(dtype, threads, part, x_part, depthwise, 0, mid, low, high)
-            pw.kernel_gradient(dtype, rows, depth, filters, mid, depth, dy_part, d_pointwise, accumulate, threads)
+            had_memory &= pw.kernel_gradient(
+                dtype, rows, depth, filters, mid, depth, dy_part, d_pointwise, accumulate, threads
+            )
         if d_x != 0 or d_depthwise != 0:
-            pw.multiply(dtype, rows, filters, depth, dy_part, pointwise, 1, filters, 0, d_mid, low, high, threads)
+            had_memory &= pw.multiply(
+                dtype, rows, filters, depth, dy_part, pointwise, 1, filters, 0, d_mid, low, high, threads
+            )
         if d_x != 0:
             d_x_part = d_x + n * g.height * g.width * depth * itemsize
             dw.input_gradient(dtype, threads, part, depthwise, d_mid, d_x_part)
         if d_depthwise != 0:
-            dw.kernel_gradient(dtype, part, x_part, d_mid, d_depthwise, accumulate, threads)
+            had_memory &= dw.kernel_gradient(dtype, part, x_part, d_mid, d_depthwise, accumulate, threads)
     give(mid)
+    return had_memory
 
 
 @entry
 def backward(dtype, g, filters, x, depthwise, pointwise, dy, d_x, d_depthwise, d_pointwise, d_bias, threads):
     """Fills d_x, d_depthwise, d_pointwise and d_bias for dy `[N,P,Q,F]`, each where its address is not 0."""
     if g.multiplier == 1:
-        _backward_single(dtype, g, filters, x, depthwise, pointwise, dy, d_x, d_depthwise, d_pointwise, threads)
+        had_memory = _backward_single(
+            dtype, g, filters, x, depthwise, pointwise, dy, d_x, d_depthwise, d_pointwise, threads
+        )
     else:
         length = repeated_length(g)
         repeated = take(dtype, 2 * length if d_x != 0 else length)
         d_repeated = repeated + length * np.empty(0, dtype).itemsize if d_x != 0 else 0
         repeat_channels(dtype, threads, g, x, repeated)
-        _backward_single(
+        had_memory = _backward_single(
             dtype, single(g), filters, repeated, depthwise, pointwise, dy,
             d_repeated, d_depthwise, d_pointwise, threads,
         )  # fmt: skip
@@ -140,4 +156,5 @@ def backward(dtype, g, filters, x, depthwise, pointwise, dy, d_x, d_depthwise, d
             sum_repeated(dtype, threads, g, d_repeated, d_x)
         give(repeated)
     if d_bias != 0:
-        pw.column_sums(dtype, g.batch * g.out_height * g.out_width, filters, dy, d_bias, threads)
+        had_memory &= pw.column_sums(dtype, g.batch * g.out_height * g.out_width, filters, dy, d_bias, threads)
+    require(had_memory)

@@ -1,4 +1,7 @@
-"""Scratch memory that cannot be had: an exception, in whichever thread it was wanted, and right results afterwards."""
+"""Scratch memory that cannot be had: an exception, in whichever thread it was wanted, nothing lost, right results then.
+
+Each request is refused once, in a process whose `malloc` and `free` are the test's.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import sys
 import pytest
 
 SCRIPT = """
-import ctypes, sys
+import ctypes, itertools, sys
 import llvmlite.binding as llvm
 import numpy as np
 import fastsepconv
@@ -17,38 +20,77 @@ from fastsepconv.kernels.cpu import scratch
 
 real = ctypes.pythonapi.PyMem_RawMalloc
 real.argtypes, real.restype = [ctypes.c_size_t], ctypes.c_void_p
-left = 0  # bytes a request may ask for
+held, requests, refused = set(), 0, -1
 
 @ctypes.CFUNCTYPE(ctypes.c_size_t, ctypes.c_size_t)
 def malloc(size):
-    return (real(size) or 0) if size <= left else 0
+    global requests
+    requests += 1
+    if requests - 1 == refused:
+        return 0
+    start = real(size)
+    held.add(start)
+    return start
 
-llvm.add_symbol("fastsepconv_malloc", ctypes.cast(malloc, ctypes.c_void_p).value)
+@ctypes.CFUNCTYPE(None, ctypes.c_size_t)
+def free(start):
+    held.remove(start)
+
+for name, function in {"malloc": malloc, "free": free}.items():
+    llvm.add_symbol(f"fastsepconv_{name}", ctypes.cast(function, ctypes.c_void_p).value)
 fastsepconv.set_num_threads(int(sys.argv[1]))
 random = np.random.default_rng(0)
-x, depthwise, pointwise, dy = (
-    random.standard_normal(shape).astype("float32")
-    for shape in ((2, 12, 12, 40), (3, 3, 40, 1), (1, 1, 40, 70), (2, 12, 12, 70))
-)
-calls = {
-    "separable": lambda backend: [
-        fastsepconv.separable_conv2d(x, depthwise, pointwise, padding="same", backend=backend)
-    ],
-    "pointwise": lambda backend: [fastsepconv.pointwise_conv2d(x, pointwise, backend=backend)],
-    "separable_grad": lambda backend: fastsepconv.separable_conv2d_grad(
-        x, depthwise, pointwise, dy, padding="same", backend=backend
-    ),
-}
-for name, call in calls.items():
-    for left in (0, 4096):  # 0: nothing at all; 4096: what the caller wants, but not what the shares do
-        try:
-            call("cpu")
-        except MemoryError as error:
-            print(name, left, error)
-left = sys.maxsize
-for name, call in calls.items():
-    for ours, wanted in zip(call("cpu"), call("reference"), strict=True):
-        np.testing.assert_allclose(ours, wanted, rtol=1e-4, atol=1e-4)
+draw = lambda *shape: random.standard_normal(shape).astype("float32")
+x = draw(2, 12, 12, 40)
+
+def depthwise(multiplier):
+    operands = x, draw(3, 3, 40, multiplier)
+    dy = draw(2, 12, 12, 40 * multiplier)
+    return (
+        lambda backend: [fastsepconv.depthwise_conv2d(*operands, padding="same", backend=backend)],
+        lambda backend: fastsepconv.depthwise_conv2d_grad(*operands, dy, padding="same", backend=backend),
+    )
+
+def separable(multiplier):
+    operands = x, draw(3, 3, 40, multiplier), draw(1, 1, 40 * multiplier, 70)
+    dy = draw(2, 12, 12, 70)
+    return (
+        lambda backend: [fastsepconv.separable_conv2d(*operands, padding="same", backend=backend)],
+        lambda backend: fastsepconv.separable_conv2d_grad(*operands, dy, padding="same", backend=backend),
+    )
+
+def pointwise():
+    operands, dy = (x, draw(1, 1, 40, 70)), draw(2, 12, 12, 70)
+    return (
+        lambda backend: [fastsepconv.pointwise_conv2d(*operands, backend=backend)],
+        lambda backend: fastsepconv.pointwise_conv2d_grad(*operands, dy, backend=backend),
+    )
+
+def lost():
+    return len(held) - sum(block != 0 for block in scratch._shelf)
+
+for way in ("forward", "backward"):
+    for name, calls in {
+        "depthwise": depthwise(1), "depthwise x2": depthwise(2), "pointwise": pointwise(),
+        "separable": separable(1), "separable x2": separable(2),
+    }.items():
+        call = calls[way == "backward"]
+        errors = 0
+        for refused in itertools.count():
+            scratch._shelf[:] = [0] * len(scratch._shelf)  # so that each block is asked for
+            held.clear()
+            requests = 0
+            try:
+                results = call("cpu")
+            except MemoryError as error:
+                errors += str(error) == scratch.NO_MEMORY
+            else:
+                break
+            if lost():
+                print(f"{name} {way}: {lost()} blocks lost when request {refused} was refused")
+        for ours, wanted in zip(results, call("reference"), strict=True):
+            np.testing.assert_allclose(ours, wanted, rtol=1e-4, atol=1e-4)
+        print(f"{name} {way}: {errors == refused}, {lost()} lost, some memory wanted: {refused > 0}")
 """
 
 
@@ -58,7 +100,11 @@ def test_lacking_scratch_memory_is_a_memory_error(threads):
     command = [sys.executable, "-c", SCRIPT, str(threads)]
     process = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
-    reason = "no memory for a kernel's scratch space"
-    wanted = [f"{name} {left} {reason}" for name in ("separable", "pointwise", "separable_grad") for left in (0, 4096)]
+    names = ("depthwise", "depthwise x2", "pointwise", "separable", "separable x2")
+    wanted = [
+        f"{name} {way}: True, 0 lost, some memory wanted: {(name, way) != ('depthwise', 'forward')}"
+        for way in ("forward", "backward")
+        for name in names
+    ]
     assert process.stdout.splitlines() == wanted
     assert process.stderr == ""
