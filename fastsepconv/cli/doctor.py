@@ -95,6 +95,8 @@ def _threads() -> Finding:
     found = threads.describe()
     name = "the package's own pool" if found["layer"] == threads.OWN else found["layer"]
     text = f"{name}, {found['threads']} of its {found['pool']} threads"
+    if found["cpu_quota"] is not None:
+        text += f"; a quota of CPU time leaves it {found['cpu_quota']:g} CPUs"
     if found["layer"] == "workqueue":
         better = "pip install tbb" if _pip_has_tbb() else "install an OpenMP library (libgomp1 on Debian and Ubuntu)"
         return Finding(NOTE, f"{text}, by one call at a time; others run on one thread", better, found)

@@ -23,6 +23,7 @@ import ctypes
 import functools
 import importlib
 import importlib.metadata
+import math
 import numbers
 import os
 import sys
@@ -36,7 +37,7 @@ from numba.core.compiler_lock import global_compiler_lock
 from numba.extending import intrinsic
 from numba.np.ufunc import parallel
 
-from . import workers
+from . import quota, workers
 from .atomics import WORD, WORD_SIZE, external_word, keep_for_good
 
 NUM_THREADS_VARIABLE = "FASTSEPCONV_NUM_THREADS"
@@ -66,7 +67,10 @@ def layer() -> str:
 
 
 def get_num_threads() -> int:
-    """How many threads a kernel is spread over. The default is Numba's; FASTSEPCONV_NUM_THREADS sets another.
+    """How many threads a kernel is spread over. FASTSEPCONV_NUM_THREADS sets it.
+
+    The default is the size of Numba's pool: what NUMBA_NUM_THREADS says, else the CPUs that this process may run on, of
+    which no more are used than its quota of CPU time keeps busy.
 
     Raises:
         ValueError: FASTSEPCONV_NUM_THREADS does not hold an integer from 1 to the size of Numba's pool.
@@ -136,6 +140,7 @@ def describe() -> dict[str, object]:
         "threads": get_num_threads(),
         "forked": _pool_was_forked,
         "pool": numba.config.NUMBA_NUM_THREADS,
+        "cpu_quota": quota.cpus(),
         "idle_threads_spin": layer() == "omp" and os.environ.get("OMP_WAIT_POLICY", "").lower() == "active",
     }
 
@@ -153,10 +158,11 @@ def _mode() -> int:
 
 
 def _default_num_threads() -> int:
-    text = os.environ.get(NUM_THREADS_VARIABLE, "").strip()
+    text, pool = os.environ.get(NUM_THREADS_VARIABLE, "").strip(), numba.config.NUMBA_NUM_THREADS
     if not text:
-        return numba.config.NUMBA_NUM_THREADS
-    if not text.isdecimal() or not 1 <= int(text) <= numba.config.NUMBA_NUM_THREADS:
+        limit = None if "NUMBA_NUM_THREADS" in os.environ else quota.cpus()
+        return pool if limit is None else min(pool, math.ceil(limit))
+    if not text.isdecimal() or not 1 <= int(text) <= pool:
         raise ValueError(_sentence("environment variable", NUM_THREADS_VARIABLE, text))
     return int(text)
 
