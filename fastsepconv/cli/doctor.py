@@ -82,7 +82,12 @@ def _processor() -> Finding:
     name, features = tiles.target()
     has = [feature for feature in _FEATURES if f"+{feature}" in features.split(",")]
     details = {"cpu": name, "features": has, "tile": tiles.CHOSEN.name, "numba_cpu": name}
-    text = f"{tiles.explain()}. It has {', '.join(has) or 'no vector extension known here'}"
+    known = ", ".join(has) or ("no vector extension known here" if features else f"what every {name} has")
+    text = f"{tiles.explain()}. It has {known}"
+    if tiles.keeps_host_features():
+        advice = f"set NUMBA_CPU_FEATURES as well, to nothing for those that every {name} has"
+        text += ": this machine's features, which NUMBA_CPU_NAME alone leaves as they are"
+        return Finding(NOTE, text, advice, details)
     if tiles.CHOSEN.name == "portable" and not os.environ.get("FASTSEPCONV_TILE"):
         return Finding(NOTE, text, "kernels are slow here: Numba sees neither AVX2 nor NEON on this processor", details)
     return Finding(WELL, text, details=details)

@@ -1,8 +1,9 @@
 """Which register tile this CPU gets: a table, each row with its reason, and the choice among them.
 
 A tile is a number of registers, so it follows from the vector width and the number of vector registers. The choice
-is made once, at import, from what Numba's compiler may use (the host, or the CPU named by NUMBA_CPU_NAME);
-FASTSEPCONV_TILE names one by hand, which is how each is tested on a single machine.
+is made once, at import, from what Numba's compiler may use: the features of the host, or those that
+NUMBA_CPU_FEATURES lists and those that the CPU named by NUMBA_CPU_NAME always has. FASTSEPCONV_TILE names a tile by
+hand, which is how each is tested on a single machine.
 """
 
 from __future__ import annotations
@@ -73,6 +74,11 @@ def target() -> tuple[str, str]:
     codegen = cpu_target.target_context.codegen()
     _, name, features = codegen.magic_tuple()
     return name, features
+
+
+def keeps_host_features() -> bool:
+    """Whether NUMBA_CPU_NAME names another CPU than the host, but Numba takes the host's features: its own rule."""
+    return config.CPU_NAME not in (None, llvm.get_host_cpu_name()) and config.CPU_FEATURES is None
 
 
 def _choose() -> Tile:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import subprocess
 import sys
 
@@ -82,6 +83,25 @@ def test_what_could_be_better_is_a_note_and_no_illness():
     checks = json.loads(result.stdout)["checks"]
     for name in ("threads", "backend"):
         assert checks[name]["state"] == "note" and checks[name]["advice"]
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="haswell is an x86-64 CPU")
+@pytest.mark.parametrize(
+    ("features", "state", "said"),
+    [
+        (None, "note", "this machine's features, which NUMBA_CPU_NAME alone leaves as they are"),
+        ("", "ok", "tile avx2 chosen for haswell"),
+        ("", "ok", "It has what every haswell has"),
+        ("+avx,+avx2,+fma", "ok", "It has avx2, fma, avx"),
+    ],
+)
+def test_a_processor_named_without_its_features_is_noted(features, state, said):
+    settings = {"NUMBA_CPU_NAME": "haswell", **({} if features is None else {"NUMBA_CPU_FEATURES": features})}
+    code = "from fastsepconv.cli import doctor; print(*doctor._processor()[:3], sep='\\n')"
+    output = subprocess.check_output([sys.executable, "-c", code], env={**os.environ, **settings}, text=True)
+    found, text, *advice = output.splitlines()
+    assert found == state and said in text
+    assert ("set NUMBA_CPU_FEATURES as well" in " ".join(advice)) == (state == "note")
 
 
 def test_a_kernel_that_computes_wrongly_is_an_illness(monkeypatch, capsys):
