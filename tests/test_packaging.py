@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
@@ -15,6 +16,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 FOLDERS = ["fastsepconv", *PROJECT["tool"]["setuptools"]["package-dir"].values()]
+FOLDERS_BESIDE = ["scripts", "tests"]
+FILES_BESIDE = ["CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "MANIFEST.in", "Makefile", "README.md", "pyproject.toml"]
 
 
 def python(code: str, folder: Path, *options: str) -> str:
@@ -49,21 +52,43 @@ def test_every_package_of_the_tree_is_listed():
     assert set(PROJECT["tool"]["setuptools"]["packages"]) == inside
 
 
+def build(what: str, tree: Path) -> Path:
+    """A "wheel" or "sdist" of the project in `tree`, put beside it."""
+    code = f"import setuptools.build_meta as b; print(b.build_{what}({str(tree.parent)!r}))"
+    return tree.parent / python(code, tree).splitlines()[-1]
+
+
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    """A wheel, built from a copy of what is in the tree."""
-    folder = tmp_path_factory.mktemp("build")
-    ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
-    for name in FOLDERS:
-        shutil.copytree(ROOT / name, folder / "tree" / name, ignore=ignored)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, folder / "tree")
-    build = f"import setuptools.build_meta as b; print(b.build_wheel({str(folder)!r}))"
-    return folder / python(build, folder / "tree").splitlines()[-1]
+def tree(tmp_path_factory) -> Path:
+    """A copy of the project."""
+    folder = tmp_path_factory.mktemp("build") / "tree"
+    for name in FOLDERS + FOLDERS_BESIDE:
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    for name in FILES_BESIDE:
+        shutil.copy(ROOT / name, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(tree) -> Path:
+    return build("wheel", tree)
+
+
+def test_a_source_archive_holds_what_its_own_commands_want(tree):
+    files = [path.relative_to(tree) for name in FOLDERS + FOLDERS_BESIDE for path in (tree / name).rglob("*.*")]
+    wanted = {path.as_posix() for path in files if path.suffix != ".pyc"} | set(FILES_BESIDE)
+    with tarfile.open(build("sdist", tree)) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    assert not wanted - held
+    assert {name.partition("/")[0] for name in held} - {""} == {
+        *FOLDERS, *FOLDERS_BESIDE, *FILES_BESIDE, "PKG-INFO", "setup.cfg", "fastsepconv.egg-info",
+    }  # fmt: skip
 
 
 def test_the_wheel_holds_one_package_its_types_and_its_license(wheel):
     names = zipfile.ZipFile(wheel).namelist()
+    inside = {name for name in names if name.startswith("fastsepconv/")}
+    assert [name for name in inside if not name.endswith(".py")] == ["fastsepconv/py.typed"]
     tops = {name.split("/")[0] for name in names}
     assert tops == {"fastsepconv", f"fastsepconv-{PROJECT['project']['version']}.dist-info"}
     assert {"fastsepconv/py.typed", "fastsepconv/kernels/geometry.py", "fastsepconv/kernels/cpu/jit.py"} <= set(names)
