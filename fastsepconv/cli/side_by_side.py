@@ -99,7 +99,7 @@ def _times(ours: keras.Model, stock: keras.Model, dataset: Dataset, recipe: Reci
     size = recipe.batch_size
     chosen = np.resize(np.arange(len(dataset.train.x)), size * (STEPS + 1))
     images = Images(dataset.train.x[chosen], dataset.train.y[chosen])
-    batches, x = training.Batches(images, recipe), scaled(images.x)
+    batches, x = training.feed(training.Batches(images, recipe)), scaled(images.x)
     stopwatches = (_Stopwatch(), _Stopwatch())
     for _ in range(ROUNDS):
         for model, stopwatch in zip((ours, stock), stopwatches, strict=True):

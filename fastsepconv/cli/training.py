@@ -60,6 +60,24 @@ class Batches(keras.utils.PyDataset):
         return augmented(scaled(self.images.x[chosen]), self.recipe, random), self.images.y[chosen]
 
 
+def feed(batches: Batches) -> Any:
+    """What `fit` takes of `batches`: on TensorFlow the same as a dataset that does not tune itself.
+
+    Keras would make one that does, in a thread which TensorFlow waits for when `fit` is over: for up to half a minute.
+    """
+    if keras.backend.backend() != "tensorflow":
+        return batches
+    import tensorflow as tf
+
+    signature = tuple(tf.TensorSpec((None, *part.shape[1:]), part.dtype) for part in batches[0])
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    dataset = tf.data.Dataset.from_generator(
+        lambda: map(batches.__getitem__, range(len(batches))), output_signature=signature
+    )
+    return dataset.apply(tf.data.experimental.assert_cardinality(len(batches))).prefetch(1).with_options(options)
+
+
 def augmented(x: np.ndarray, recipe: Recipe, random: np.random.Generator) -> np.ndarray:
     """Move each image of `[N,H,W,C]` by up to `recipe.shift` pixels (zeros come in); mirror half of them if asked."""
     if recipe.shift:
@@ -148,7 +166,7 @@ def train(
             callbacks.append(keras.callbacks.TensorBoard(out / "tensorboard", write_graph=False))
         try:
             model.fit(
-                batches,
+                feed(batches),
                 shuffle=False,  # Batches does it; Keras would draw from a generator whose state no checkpoint holds
                 epochs=recipe.epochs,
                 initial_epoch=state["epoch"],
