@@ -6,9 +6,11 @@ import tensorflow as tf
 
 from fastsepconv.bridge import tensorflow as bridge
 
+from ..tolerances import RELATIVE, relative_error
+from . import oracle
 from .windows import WINDOWS, operand_shapes, window_of
 
-__all__ = ["KINDS", "WINDOWS", "gradients", "operands", "window_of"]
+__all__ = ["KINDS", "WINDOWS", "assert_second_order", "gradients", "operands", "window_of"]
 
 KINDS = {
     "separable": bridge.separable_conv2d,
@@ -29,3 +31,22 @@ def gradients(function, inputs, dy=None):
         tape.watch(inputs)
         y = function(*inputs)
     return y, tape.gradient(y, inputs, output_gradients=dy)
+
+
+def assert_second_order(kind, rng):
+    """The gradients of a convolution's gradients are TensorFlow's, with strides, in float64."""
+    *sizes, options = WINDOWS["strides"]
+    inputs, options = operands(rng, kind, *sizes)[:-1], window_of(kind, options)
+    u = [tf.constant(rng.standard_normal(tensor.shape)) for tensor in inputs]
+
+    def second_order(convolve):
+        with tf.GradientTape() as outer:
+            outer.watch(inputs)
+            _, first = gradients(lambda *inputs: convolve(*inputs) ** 2, inputs)
+            total = sum(tf.reduce_sum(a * b) for a, b in zip(first, u, strict=True))
+        return outer.gradient(total, inputs)
+
+    ours = second_order(lambda *inputs: KINDS[kind](*inputs, **options))
+    theirs = second_order(lambda *inputs: oracle.convolve(kind, inputs, **options))
+    for our, their in zip(ours, theirs, strict=True):
+        assert relative_error(our, their) <= 100 * RELATIVE["float64"]

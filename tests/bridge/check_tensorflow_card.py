@@ -20,8 +20,8 @@ from fastsepconv.bridge.tensorflow_registration import CARD
 from fastsepconv.kernels.cuda import launch, memory
 from fastsepconv.models import xception
 from tests.bridge import oracle
-from tests.bridge.cases import KINDS, WINDOWS, gradients, operands, window_of
-from tests.tolerances import RELATIVE, assert_close, relative_error
+from tests.bridge.cases import KINDS, WINDOWS, assert_second_order, gradients, operands, window_of
+from tests.tolerances import assert_close
 
 MEMORY = {"memory_limit": 8192} if CARD == "GPU" else {}  # megabytes
 (DEVICE, *_) = tf.config.list_physical_devices(CARD) or [None]
@@ -114,21 +114,7 @@ def test_results_and_gradients_are_tensorflows(dtype, window, kind, in_graph, rn
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_of_gradients_are_tensorflows(kind, rng):
-    *sizes, options = WINDOWS["strides"]
-    inputs, options = operands(rng, kind, *sizes)[:-1], window_of(kind, options)
-    u = [tf.constant(rng.standard_normal(tensor.shape)) for tensor in inputs]
-
-    def second_order(convolve):
-        with tf.GradientTape() as outer:
-            outer.watch(inputs)
-            _, first = gradients(lambda *inputs: convolve(*inputs) ** 2, inputs)
-            total = sum(tf.reduce_sum(a * b) for a, b in zip(first, u, strict=True))
-        return outer.gradient(total, inputs)
-
-    ours = second_order(lambda *inputs: KINDS[kind](*inputs, **options))
-    theirs = second_order(lambda *inputs: oracle.convolve(kind, inputs, **options))
-    for our, their in zip(ours, theirs, strict=True):
-        assert relative_error(our, their) <= 100 * RELATIVE["float64"]
+    assert_second_order(kind, rng)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
