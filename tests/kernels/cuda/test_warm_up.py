@@ -34,9 +34,10 @@ def test_every_kernel_of_both_tables_is_compiled(warm_up):
     assert [kernel for kernel in warm_up.kernels((8, 0)) if kernel.tier == "fast"] == others
 
 
-def test_processes_share_the_work_and_keep_it_for_who_asks_next(double, warm_up, capsys):
+def test_processes_share_the_work_and_keep_it_for_who_asks_next(double, warm_up, monkeypatch, capsys):
     from fastsepconv.kernels.cuda import binaries
 
+    monkeypatch.syspath_prepend(Path(__file__).parents[3])  # where the processes find this package of tests
     few = [place for place, kernel in enumerate(warm_up.kernels(HOPPER)) if kernel.tier == "plain"][:3]
     assert warm_up.compile_all(few, HOPPER, 2) == warm_up.OK
     assert re.match(r"3 of 3 kernels are compiled, after \d+ s\.", capsys.readouterr().out)

@@ -14,6 +14,7 @@ import platform
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 
 import numpy as np
@@ -97,8 +98,8 @@ def compile_all(places: Sequence[int], capability: tuple[int, int], processes: i
     """Compile those of the kernels that are not on the disk yet; returns the exit code."""
     began, count = time.monotonic(), len(places)
     work = [(place, capability) for place in places]
-    with multiprocessing.get_context("spawn").Pool(min(processes, count)) as pool:
-        failures = [failure for failure in pool.imap_unordered(compiled, work) if failure]
+    with ProcessPoolExecutor(min(processes, count), multiprocessing.get_context("spawn")) as pool:
+        failures = [failure for failure in pool.map(compiled, work) if failure]
     for failure in failures:
         say(failure)
     say(f"{count - len(failures)} of {count} kernels are compiled, after {time.monotonic() - began:.0f} s.")
