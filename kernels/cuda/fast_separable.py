@@ -9,25 +9,24 @@ pointwise step is always on tensor cores.
 
 from __future__ import annotations
 
-import contextlib
+from functools import partial
 from types import ModuleType
 from typing import Any
 
 from ..geometry import Geometry
-from . import depthwise, fast_depthwise, fast_kernels, fast_pointwise, separable_rows
+from . import depthwise, fast_depthwise, fast_kernels, fast_pointwise, separable, separable_rows
 from .launch import Stream
-from .memory import ABSENT, Operand, scratch
+from .memory import ABSENT, Operand
 from .tiles import SeparableTile
 
 # What mid's way to memory and back costs a pixel, in products of a pixel and a filter on one multiprocessor: for each
 # channel, 4 bytes at 3.3 TB/s against 2 operations at 60 % of 990 TFLOP/s / 132, the nominal speeds of an H100.
 MID_COST = 2.7
-UNBOUNDED = (float("-inf"), float("inf"))
 
 
 def serves(g: Geometry, filters: int, *arguments: Any) -> bool:
     """Whether both passes can be computed for arrays like these."""
-    return fast_kernels.takes(arguments) and fast_pointwise.fits(*_sizes(g), filters, arguments[0].element)
+    return fast_kernels.takes(arguments) and fast_pointwise.fits(*separable.mid_sizes(g), filters, arguments[0].element)
 
 
 def forward(
@@ -42,13 +41,11 @@ def forward(
     stream: Stream,
 ) -> None:
     """Fills y `[N,P,Q,F]` from x `[N,H,W,C]`, kernels `[R,S,C,M]` and `[C*M,F]`, bias `[F]` or None."""
-    rows, channels = _sizes(g)
     tile = _fused(g, filters, x.element, stream)
     if tile is None:
-        with scratch(rows * channels, x.element, stream) as mid:
-            _depthwise_forward(g, x, depthwise_kernel, mid, stream)
-            fast_pointwise.forward(rows, channels, filters, mid, pointwise_kernel, bias, y, clamp, stream)
+        separable.forward(g, filters, x, depthwise_kernel, pointwise_kernel, bias, y, clamp, stream, FAST)
         return
+    rows, channels = separable.mid_sizes(g)
     added, window = bias or ABSENT, tile.window
     fast_kernels.run(
         separable_rows.forward, (x.element, tile), (rows, channels), stream,
@@ -58,48 +55,27 @@ def forward(
     )  # fmt: skip
 
 
-def backward(
-    g: Geometry,
-    filters: int,
-    x: Operand,
-    depthwise_kernel: Operand,
-    pointwise_kernel: Operand,
-    dy: Operand,
-    dx: Operand | None,
-    d_depthwise: Operand | None,
-    d_pointwise: Operand | None,
-    d_bias: Operand | None,
-    stream: Stream,
-) -> None:
-    """Fills dx, d_depthwise, d_pointwise and d_bias, each unless None, from dy `[N,P,Q,F]`; mid is computed again."""
-    rows, channels = _sizes(g)
-    with contextlib.ExitStack() as held:
-        mid = d_mid = None
-        if d_pointwise:
-            mid = held.enter_context(scratch(rows * channels, x.element, stream))
-            _depthwise_forward(g, x, depthwise_kernel, mid, stream)
-        if dx or d_depthwise:
-            d_mid = held.enter_context(scratch(rows * channels, x.element, stream))
-        fast_pointwise.backward(
-            rows, channels, filters, mid or x, pointwise_kernel, dy, d_mid, d_pointwise, d_bias, stream
-        )
-        if d_mid:
-            arguments = g, x, depthwise_kernel, d_mid, dx, d_depthwise, None, stream
-            step: ModuleType = fast_depthwise if fast_depthwise.serves_backward(*arguments) else depthwise
-            step.backward(*arguments)
-
-
-def _depthwise_forward(g: Geometry, x: Operand, kernel: Operand, mid: Operand, stream: Stream) -> None:
-    arguments = g, x, kernel, None, mid, UNBOUNDED, stream
+def _depthwise_forward(*arguments: Any) -> None:
     step: ModuleType = fast_depthwise if fast_depthwise.serves_forward(*arguments) else depthwise
     step.forward(*arguments)
+
+
+def _depthwise_backward(*arguments: Any) -> None:
+    step: ModuleType = fast_depthwise if fast_depthwise.serves_backward(*arguments) else depthwise
+    step.backward(*arguments)
+
+
+FAST = separable.Steps(
+    _depthwise_forward, _depthwise_backward, fast_pointwise.forward, fast_pointwise.backward, lambda element: element
+)
+backward = partial(separable.backward, steps=FAST)
 
 
 def _fused(g: Geometry, filters: int, element: str, stream: Stream) -> SeparableTile | None:
     """The tile that computes both steps in one kernel on this card, if there is one and two kernels cost more."""
     if fast_depthwise.forward_tile(g, element) is None:
         return None
-    rows, channels = _sizes(g)
+    rows, channels = separable.mid_sizes(g)
     taps, strides = (g.kernel_height, g.kernel_width), (g.stride_height, g.stride_width)
     tile = separable_rows.choose(element, taps, strides, rows, channels, filters, stream.device.shared_limit)
     if tile is None:
@@ -107,8 +83,3 @@ def _fused(g: Geometry, filters: int, element: str, stream: Stream) -> Separable
     fused = tile.gemm.cost(rows, tile.gemm.columns) * -(-filters // tile.gemm.columns)
     _, product = fast_pointwise.product(element, rows, filters, (channels, filters), stream)
     return tile if fused <= product.cost(rows, filters) + MID_COST * rows else None
-
-
-def _sizes(g: Geometry) -> tuple[int, int]:
-    """The rows and columns of mid."""
-    return g.batch * g.out_height * g.out_width, g.channels * g.multiplier

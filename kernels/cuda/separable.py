@@ -7,6 +7,8 @@ half types are rounded once, where the result is written.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
+from typing import NamedTuple
 
 from ..geometry import Geometry
 from . import depthwise, pointwise
@@ -15,6 +17,19 @@ from .launch import Stream
 from .memory import Operand, scratch
 
 UNBOUNDED = (float("-inf"), float("inf"))
+
+
+class Steps(NamedTuple):
+    """What computes the two steps, and the element of what lies between them, given the data's."""
+
+    depthwise_forward: Callable[..., None]
+    depthwise_backward: Callable[..., None]
+    pointwise_forward: Callable[..., None]
+    pointwise_backward: Callable[..., None]
+    between: Callable[[str], str]
+
+
+PLAIN = Steps(depthwise.forward, depthwise.backward, pointwise.forward, pointwise.backward, sums_of)
 
 
 def forward(
@@ -27,12 +42,13 @@ def forward(
     y: Operand,
     clamp,
     stream: Stream,
+    steps: Steps = PLAIN,
 ) -> None:
     """Fills y `[N,P,Q,F]` from x `[N,H,W,C]`, kernels `[R,S,C,M]` and `[C*M,F]`, bias `[F]` or None."""
-    rows, channels = _sizes(g)
-    with scratch(rows * channels, sums_of(x.element), stream) as mid:
-        depthwise.forward(g, x, depthwise_kernel, None, mid, UNBOUNDED, stream)
-        pointwise.forward(rows, channels, filters, mid, pointwise_kernel, bias, y, clamp, stream)
+    rows, channels = mid_sizes(g)
+    with scratch(rows * channels, steps.between(x.element), stream) as mid:
+        steps.depthwise_forward(g, x, depthwise_kernel, None, mid, UNBOUNDED, stream)
+        steps.pointwise_forward(rows, channels, filters, mid, pointwise_kernel, bias, y, clamp, stream)
 
 
 def backward(
@@ -47,21 +63,24 @@ def backward(
     d_pointwise: Operand | None,
     d_bias: Operand | None,
     stream: Stream,
+    steps: Steps = PLAIN,
 ) -> None:
     """Fills dx, d_depthwise, d_pointwise and d_bias, each unless None, from dy `[N,P,Q,F]`; mid is computed again."""
-    rows, channels = _sizes(g)
+    rows, channels = mid_sizes(g)
     with contextlib.ExitStack() as held:
         mid = d_mid = None
         if d_pointwise:
-            mid = held.enter_context(scratch(rows * channels, sums_of(x.element), stream))
-            depthwise.forward(g, x, depthwise_kernel, None, mid, UNBOUNDED, stream)
+            mid = held.enter_context(scratch(rows * channels, steps.between(x.element), stream))
+            steps.depthwise_forward(g, x, depthwise_kernel, None, mid, UNBOUNDED, stream)
         if dx or d_depthwise:
-            d_mid = held.enter_context(scratch(rows * channels, sums_of(dy.element), stream))
-        pointwise.backward(rows, channels, filters, mid or x, pointwise_kernel, dy, d_mid, d_pointwise, d_bias, stream)
+            d_mid = held.enter_context(scratch(rows * channels, steps.between(dy.element), stream))
+        steps.pointwise_backward(
+            rows, channels, filters, mid or x, pointwise_kernel, dy, d_mid, d_pointwise, d_bias, stream
+        )
         if d_mid:
-            depthwise.backward(g, x, depthwise_kernel, d_mid, dx, d_depthwise, None, stream)
+            steps.depthwise_backward(g, x, depthwise_kernel, d_mid, dx, d_depthwise, None, stream)
 
 
-def _sizes(g: Geometry) -> tuple[int, int]:
+def mid_sizes(g: Geometry) -> tuple[int, int]:
     """The rows and columns of mid."""
     return g.batch * g.out_height * g.out_width, g.channels * g.multiplier

@@ -14,8 +14,17 @@ import pytest
 from fastsepconv import dispatch
 from fastsepconv.bridge import torch_cuda, torch_kernels
 from fastsepconv.kernels.cuda import launch
-from tests.bridge.torch_cases import CASES, KINDS, WINDOWS, array, convolve, gradients, operands, poisoned, torch, twins
-from tests.bridge.windows import window_of
+from tests.bridge.torch_cases import (
+    CASES,
+    KINDS,
+    array,
+    assert_output_and_gradients,
+    convolve,
+    gradients,
+    operands,
+    poisoned,
+    torch,
+)
 from tests.tolerances import assert_close
 
 __all__ = ["poisoned"]
@@ -49,17 +58,7 @@ def card(monkeypatch):
 @pytest.mark.parametrize(("kind", "case"), CASES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_output_and_gradients(rng, kind, case, dtype, card):
-    *sizes, window = WINDOWS[case]
-    window = window_of(kind, window)
-    inputs = operands(rng, kind, *sizes, getattr(torch, dtype))
-    exact = twins(inputs)
-    dy = torch.tensor(rng.standard_normal(convolve(kind, exact[:-1], **window).shape)).to(inputs[0].dtype)
-    y, ours = gradients(lambda *t: KINDS[kind](*t, **window), inputs, dy)
-    true_y, true = gradients(lambda *t: convolve(kind, t[:-1], t[-1], **window), exact, dy.double())
-    assert_close("y", array(y), array(true_y))
-    for name, gradient, true_gradient in zip("xabc", ours, true, strict=False):
-        assert gradient.dtype == inputs[0].dtype
-        assert_close(name, array(gradient), array(true_gradient))
+    assert_output_and_gradients(rng, kind, case, dtype)
     ran, entered, given = card
     assert any(dtype in name for name in ran), "halves go to the kernels as they are"
     assert entered == [torch.device("cpu")] * 2

@@ -16,6 +16,7 @@ from .torch_cases import (
     KINDS,
     WINDOWS,
     array,
+    assert_output_and_gradients,
     bridge,
     convolve,
     gradients,
@@ -24,7 +25,6 @@ from .torch_cases import (
     torch,
     twins,
 )
-from .windows import window_of
 
 __all__ = ["poisoned"]
 
@@ -34,18 +34,7 @@ DTYPES = ["float16", "bfloat16", "float32", "float64"]
 @pytest.mark.parametrize(("kind", "case"), CASES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_output_and_gradients(rng, kind, case, dtype):
-    *sizes, window = WINDOWS[case]
-    window = window_of(kind, window)
-    inputs = operands(rng, kind, *sizes, getattr(torch, dtype))
-    exact = twins(inputs)
-    dy = torch.tensor(rng.standard_normal(convolve(kind, exact[:-1], **window).shape)).to(inputs[0].dtype)
-    y, ours = gradients(lambda *t: KINDS[kind](*t, **window), inputs, dy)
-    true_y, true = gradients(lambda *t: convolve(kind, t[:-1], t[-1], **window), exact, dy.double())
-    assert_close("y", array(y), array(true_y))
-    for name, gradient, true_gradient in zip("xabc", ours, true, strict=False):
-        assert gradient.dtype == inputs[0].dtype
-        assert_close(name, array(gradient), array(true_gradient))
-    assert len(ours) == len(inputs)
+    assert_output_and_gradients(rng, kind, case, dtype)
 
 
 def test_equals_the_reference(rng):

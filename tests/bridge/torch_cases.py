@@ -11,7 +11,8 @@ import pytest
 
 from fastsepconv.kernels.geometry import resolve
 
-from .windows import WINDOWS, operand_shapes
+from ..tolerances import assert_close
+from .windows import WINDOWS, operand_shapes, window_of
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed; `make test-torch` makes an environment with it")
 
@@ -52,6 +53,22 @@ def gradients(function, inputs, dy=None):
     """`function`'s result for the inputs, and the gradient of each for dy (of ones, if none is given)."""
     y = function(*inputs)
     return y, torch.autograd.grad(y, inputs, torch.ones_like(y) if dy is None else dy)
+
+
+def assert_output_and_gradients(rng, kind, case, dtype):
+    """A convolution and the gradients of all its operands are those of PyTorch's own operations in float64."""
+    *sizes, window = WINDOWS[case]
+    window = window_of(kind, window)
+    inputs = operands(rng, kind, *sizes, getattr(torch, dtype))
+    exact = twins(inputs)
+    dy = torch.tensor(rng.standard_normal(convolve(kind, exact[:-1], **window).shape)).to(inputs[0].dtype)
+    y, ours = gradients(lambda *t: KINDS[kind](*t, **window), inputs, dy)
+    true_y, true = gradients(lambda *t: convolve(kind, t[:-1], t[-1], **window), exact, dy.double())
+    assert_close("y", array(y), array(true_y))
+    for name, gradient, true_gradient in zip("xabc", ours, true, strict=False):
+        assert gradient.dtype == inputs[0].dtype
+        assert_close(name, array(gradient), array(true_gradient))
+    assert len(ours) == len(inputs)
 
 
 def array(tensor) -> np.ndarray:
