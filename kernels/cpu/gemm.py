@@ -191,11 +191,13 @@ def multiply_block(
         if panels == 0:
             b, b_step, panel = source, row_stride, own
             next_b, next_step = source + width * column_stride * itemsize, row_stride
-            if rows_collide(dtype, row_stride):  # a whole panel asked for would drive itself out again
-                next_step = 0
             if columns < width or column_stride != 1:
                 pack_panel(dtype, depth, columns, source, row_stride, column_stride, own)
                 b, b_step, panel = own, width, 0
+        # Not where a whole panel would drive itself out again; nor where one tile of rows goes through panels as fast
+        # as memory gives them: there the hardware's own reading ahead is 1.2 to 1.8 times as fast (Zen 4).
+        if (panels == 0 and rows_collide(dtype, row_stride)) or rows <= TILE_ROWS:
+            next_step = 0
         _multiply_panel(
             dtype, rows, depth, filters, columns, a, a_row, tail, b, b_step, panel, next_b, next_step,
             ahead, step_ahead if ahead < past else 0, start + f * itemsize, y + f * itemsize, past_caches, low, high,
