@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     __version__: str
     from . import models
+    from .bridge.tensorflow_freeze import freeze
     from .convert import convert, revert
     from .dispatch import get_backend, set_backend
     from .kernels.cpu.threads import set_num_threads
@@ -34,6 +35,7 @@ __all__ = [
     "convert",
     "depthwise_conv2d",
     "depthwise_conv2d_grad",
+    "freeze",
     "get_backend",
     "models",
     "pointwise_conv2d",
@@ -47,6 +49,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "bridge.tensorflow_freeze": ("freeze",),
     "convert": ("convert", "revert"),
     "dispatch": ("get_backend", "set_backend"),
     "kernels.cpu.threads": ("set_num_threads",),

@@ -35,7 +35,10 @@ PROVIDERS = {
     "onnxruntime": Entry("onnxruntime", "onnxruntime", "ONNX Runtime", inference_only=True),
     "openvino": Entry("openvino", "openvino", "OpenVINO", inference_only=True),
     "tensorflow-frozen": Entry(
-        "frozen", "tensorflow", "TensorFlow frozen graph", inference_only=True, ops=("network",)
+        "frozen", "tensorflow", "TensorFlow frozen graph", {"ours": False}, inference_only=True, ops=("network",)
+    ),
+    "fastsepconv-frozen": Entry(
+        "frozen", "fastsepconv", "fastsepconv.freeze", {"ours": True}, apart=True, inference_only=True, ops=("network",)
     ),
     "fastsepconv-arrays": Entry(
         "arrays", "fastsepconv", "fastsepconv, NumPy arrays", apart=True, ops=("separable", "depthwise", "pointwise")

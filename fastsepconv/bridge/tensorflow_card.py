@@ -35,6 +35,7 @@ from ..kernels.cpu.jit import callback
 from ..kernels.device_array import DeviceArray, Dtype, contiguous_strides
 from . import array_calls, tensorflow_kernels
 from . import tensorflow_registration as registration
+from . import tensorflow_state as word
 from .tensorflow_capi import (
     CANCELLED,
     INTERNAL,
@@ -141,12 +142,12 @@ def _compute(state, context):
 
 
 def _run_node(api: CApi, state: int, context: int) -> None:
-    words = (ctypes.c_int64 * tensorflow_kernels.STATE_WORDS).from_address(state)
-    name = _NAMES[words[tensorflow_kernels.OPERATION]]
+    words = (ctypes.c_int64 * word.WORDS).from_address(state)
+    name = _NAMES[words[word.OPERATION]]
     definition = registration.DEFINITIONS[name]
     named: dict[str, Any] = {
-        attribute: words[word] if length == 1 else tuple(words[word : word + length])
-        for attribute, (word, length, _) in definition.attributes.items()
+        attribute: words[first] if length == 1 else tuple(words[first : first + length])
+        for attribute, (first, length, *_) in definition.attributes.items()
     }
     kind, count = name.removeprefix("Fastsepconv").removesuffix("Grad"), len(definition.inputs) - 1
     with _Run(api, context) as run:

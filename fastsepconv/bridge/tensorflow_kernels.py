@@ -18,12 +18,12 @@ from ..kernels import geometry
 from ..kernels.cpu import depthwise, pointwise, separable, threads
 from ..kernels.cpu.jit import kernel
 from ..kernels.cpu.memory import keep, view
+from ..kernels.cpu.scratch import require
 from ..kernels.geometry import Geometry
 from . import tensorflow_capi as tf
+from . import tensorflow_kept as kept
 from .tensorflow_capi import INVALID_ARGUMENT, RESOURCE_EXHAUSTED
-
-STATE_WORDS = 12  # the words of a kernel's state, each 8 bytes
-FUNCTION, STRIDES, DILATIONS, SAME, PADDING, WANTED, OPERATION = 0, 1, 3, 5, 6, 10, 11
+from .tensorflow_state import DILATIONS, PADDING, SAME, STRIDES, WANTED, WORDS
 
 MAX_ELEMENTS = 2**59  # TensorFlow aborts on a shape whose product overflows
 MAX_SPAN = 2**31 - 1
@@ -261,7 +261,7 @@ def require_dy(dy, shape, status):
 @kernel
 def depthwise_forward(dtype, address, context):
     """x, depthwise_kernel, bias (at most one) -> y."""
-    state = view(np.int64, address, STATE_WORDS)
+    state = view(np.int64, address, WORDS)
     status = tf.new_status()
     x, weights = read_input(context, 0, status), read_input(context, 1, status)
     g = read_geometry(state, x, weights, status)
@@ -277,7 +277,7 @@ def depthwise_forward(dtype, address, context):
 @kernel
 def depthwise_backward(dtype, address, context):
     """x, depthwise_kernel, dy -> d_x, d_kernel, d_bias."""
-    state = view(np.int64, address, STATE_WORDS)
+    state = view(np.int64, address, WORDS)
     status = tf.new_status()
     x, weights, dy = read_input(context, 0, status), read_input(context, 1, status), read_input(context, 2, status)
     g = read_geometry(state, x, weights, status)
@@ -303,17 +303,18 @@ def pointwise_forward(dtype, address, context):
     bias = 0 if failed(status) else read_bias(context, 2, filters, status)
     y = 0 if failed(status) else allocate(context, 0, 4, (batch, height, width, filters), status)
     if not failed(status):
-        pointwise.forward(
-            dtype, batch * height * width, depth, filters,
-            x.data, weights.data, bias, y, dtype(-np.inf), dtype(np.inf), threads.current(),
-        )  # fmt: skip
+        panels = kept.panels_of(dtype, address, context, 1, weights.data, depth, filters, threads.current())
+        require(pointwise.multiply(
+            dtype, batch * height * width, depth, filters, x.data, weights.data, filters, 1, panels, bias, y,
+            dtype(-np.inf), dtype(np.inf), threads.current(),
+        ))  # fmt: skip
     finish(context, status)
 
 
 @kernel
 def pointwise_backward(dtype, address, context):
     """x, pointwise_kernel, dy -> d_x, d_kernel, d_bias."""
-    state = view(np.int64, address, STATE_WORDS)
+    state = view(np.int64, address, WORDS)
     status = tf.new_status()
     x, weights, dy = read_input(context, 0, status), read_input(context, 1, status), read_input(context, 2, status)
     batch, height, width, depth = x.shape
@@ -335,7 +336,7 @@ def pointwise_backward(dtype, address, context):
 @kernel
 def separable_forward(dtype, address, context):
     """x, depthwise_kernel, pointwise_kernel, bias (at most one) -> y."""
-    state = view(np.int64, address, STATE_WORDS)
+    state = view(np.int64, address, WORDS)
     status = tf.new_status()
     x, weights, mixing = read_input(context, 0, status), read_input(context, 1, status), read_input(context, 2, status)
     g = read_geometry(state, x, weights, status)
@@ -345,17 +346,19 @@ def separable_forward(dtype, address, context):
     shape = (g.batch, g.out_height, g.out_width, filters)
     y = 0 if failed(status) else allocate(context, 0, 4, shape, status)
     if not failed(status):
-        separable.forward(
-            dtype, g, filters, x.data, weights.data, mixing.data, bias, y,
+        depth = g.channels * g.multiplier
+        panels = kept.panels_of(dtype, address, context, 2, mixing.data, depth, filters, threads.current())
+        require(separable.try_forward(
+            dtype, g, filters, x.data, weights.data, mixing.data, panels, bias, y,
             dtype(-np.inf), dtype(np.inf), threads.current(),
-        )  # fmt: skip
+        ))  # fmt: skip
     finish(context, status)
 
 
 @kernel
 def separable_backward(dtype, address, context):
     """x, depthwise_kernel, pointwise_kernel, dy -> d_x, d_depthwise, d_pointwise, d_bias."""
-    state = view(np.int64, address, STATE_WORDS)
+    state = view(np.int64, address, WORDS)
     status = tf.new_status()
     x, weights = read_input(context, 0, status), read_input(context, 1, status)
     mixing, dy = read_input(context, 2, status), read_input(context, 3, status)

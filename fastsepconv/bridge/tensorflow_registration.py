@@ -1,12 +1,12 @@
 """The ops as TensorFlow knows them: their definitions, and kernels that compile themselves when first needed.
 
-A kernel is registered with two functions. TensorFlow calls `create` once for each node that will run: it compiles
+A kernel is registered with three functions. TensorFlow calls `create` once for each node that will run: it compiles
 what the node needs, or loads it from the disk, and writes the node's attributes into a block of memory, the state. It
-calls `compute` at each run: that jumps to the compiled function, whose address is the state's first word. So an
-operation costs nothing until a node uses it, whatever made the node: this package, or a SavedModel. The kernels for
-tensors on a card are those of `tensorflow_card`, made the same way.
+calls `compute` at each run: that jumps to the compiled function, whose address is the state's first word, and `delete`
+at the end. So an operation costs nothing until a node uses it, whatever made the node: this package, or a SavedModel.
+The kernels for tensors on a card are those of `tensorflow_card`, made the same way.
 
-Both are machine code. `create` has Python do its work, but does not take Python's word for it: Ctrl-C may raise
+All are machine code. `create` has Python do its work, but does not take Python's word for it: Ctrl-C may raise
 KeyboardInterrupt before the first line of a Python callback, and ctypes then returns whatever was in memory.
 """
 
@@ -30,8 +30,11 @@ from .. import checks
 from ..kernels.cpu import threads
 from ..kernels.cpu.jit import Callback, callback
 from ..kernels.cpu.memory import view
+from ..kernels.cpu.scratch import free_memory
+from . import tensorflow_kept as kept
 from . import tensorflow_kernels as kernels
 from . import tensorflow_shapes as shapes
+from . import tensorflow_state as word
 from .tensorflow_capi import CANCELLED, CApi, address_of, connect, construction_failure, delete_status, new_status
 
 CALLBACK = types.void(types.intp, types.intp)
@@ -47,20 +50,23 @@ class Attribute(NamedTuple):
     word: int
     length: int
     least: int = 0
+    default: int | None = None
 
     @property
     def spec(self) -> str:
-        """Its type, as TensorFlow spells it."""
-        return "int" if self.length == 1 else f"list(int) >= {self.length}"
+        """Its type and default, as TensorFlow spells them."""
+        default = "" if self.default is None else f" = {self.default}"
+        return ("int" if self.length == 1 else f"list(int) >= {self.length}") + default
 
 
 _WINDOW = {
-    "strides": Attribute(kernels.STRIDES, 2, least=1),
-    "dilations": Attribute(kernels.DILATIONS, 2, least=1),
-    "same": Attribute(kernels.SAME, 1),
-    "padding": Attribute(kernels.PADDING, 4),
+    "strides": Attribute(word.STRIDES, 2, least=1),
+    "dilations": Attribute(word.DILATIONS, 2, least=1),
+    "same": Attribute(word.SAME, 1),
+    "padding": Attribute(word.PADDING, 4),
 }
-_WANTED = {"wanted": Attribute(kernels.WANTED, 1)}
+_WANTED = {"wanted": Attribute(word.WANTED, 1)}
+_KEEP = {"keep": Attribute(word.KEEP, 1, default=0)}
 _BIAS = "bias: biases * T"
 
 
@@ -85,7 +91,7 @@ DEFINITIONS = {
         kernels.depthwise_backward,
     ),
     "FastsepconvPointwise": Definition(
-        ("x: T", "pointwise_kernel: T", _BIAS), ("y: T",), {}, kernels.pointwise_forward, shapes.pointwise
+        ("x: T", "pointwise_kernel: T", _BIAS), ("y: T",), _KEEP, kernels.pointwise_forward, shapes.pointwise
     ),
     "FastsepconvPointwiseGrad": Definition(
         ("x: T", "pointwise_kernel: T", "dy: T"),
@@ -96,7 +102,7 @@ DEFINITIONS = {
     "FastsepconvSeparable": Definition(
         ("x: T", "depthwise_kernel: T", "pointwise_kernel: T", _BIAS),
         ("y: T",),
-        _WINDOW,
+        _WINDOW | _KEEP,
         kernels.separable_forward,
         shapes.separable,
     ),
@@ -112,8 +118,8 @@ DEFINITIONS = {
 @intrinsic
 def _jump(typing_context, function, state, context_address):
     def codegen(context, builder, signature, arguments):
-        word = context.get_value_type(types.intp)
-        kind = ir.FunctionType(ir.VoidType(), [word, word])
+        address = context.get_value_type(types.intp)
+        kind = ir.FunctionType(ir.VoidType(), [address, address])
         builder.call(builder.inttoptr(arguments[0], kind.as_pointer()), arguments[1:])
         return context.get_dummy_value()
 
@@ -123,6 +129,13 @@ def _jump(typing_context, function, state, context_address):
 @callback(CALLBACK)
 def _compute(state, context):
     _jump(view(np.int64, state, 1)[0], state, context)
+
+
+@callback(types.void(types.intp))
+def _delete(state):
+    if state != 0:  # a node that could not be made has none
+        kept.release(state)
+        free_memory(state)
 
 
 _makers: list[Callable[[int], int | None]] = []
@@ -229,17 +242,17 @@ def register_kernel(
 
     _makers.append(make_state)
     create = _create(len(_makers) - 1).address
-    builder = api.NewKernelBuilder(name.encode(), device.encode(), create, compute.address, address_of(api.libc.free))
+    builder = api.NewKernelBuilder(name.encode(), device.encode(), create, compute.address, _delete.address)
     api.checked(api.KernelBuilder_TypeConstraint, builder, b"T", code)
     api.checked(api.RegisterKernelBuilder, f"{name}/{device}/{DTYPES[code].__name__}".encode(), builder)
 
 
 def _new_state(api: CApi, construction: int, function: int, name: str) -> int:
-    """A node's state, see tensorflow_kernels; TensorFlow frees it with the node, maybe after Python's end."""
-    words = np.zeros(kernels.STATE_WORDS, np.int64)
-    words[kernels.FUNCTION], words[kernels.OPERATION] = function, list(DEFINITIONS).index(name)
-    for attribute, (word, length, least) in DEFINITIONS[name].attributes.items():
-        part = words[word : word + length]
+    """A node's state; `_delete` frees it with the node, maybe after Python's end."""
+    words = np.zeros(word.WORDS, np.int64)
+    words[word.FUNCTION], words[word.OPERATION] = function, list(DEFINITIONS).index(name)
+    for attribute, (first, length, least, _) in DEFINITIONS[name].attributes.items():
+        part = words[first : first + length]
         if length == 1:
             api.checked(api.OpKernelConstruction_GetAttrInt64, construction, attribute.encode(), part.ctypes.data)
         else:

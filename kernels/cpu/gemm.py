@@ -112,15 +112,17 @@ def _shares_panels(dtype, rows, depth, row_stride, column_stride, workers):
 
 
 @kernel
-def shared_length(dtype, rows, depth, filters, row_stride, column_stride, workers):
+def shared_length(dtype, rows, depth, filters, row_stride, column_stride, kept, workers):
     """Elements of scratch memory that `shared_panels` wants."""
-    shared = _shares_panels(dtype, rows, depth, row_stride, column_stride, workers)
+    shared = kept == 0 and _shares_panels(dtype, rows, depth, row_stride, column_stride, workers)
     return packed_length(dtype, depth, filters) if shared else 0
 
 
 @kernel
-def shared_panels(dtype, rows, depth, filters, kernel, row_stride, column_stride, packed, workers):
-    """The address `packed` with the kernel packed there, or 0 where each worker packs its own."""
+def shared_panels(dtype, rows, depth, filters, kernel, row_stride, column_stride, kept, packed, workers):
+    """The kernel in panels: those `kept`, or packed now at `packed`; 0 where each worker packs its own."""
+    if kept != 0:
+        return kept
     if not _shares_panels(dtype, rows, depth, row_stride, column_stride, workers):
         return 0
     pack(dtype, workers, depth, filters, kernel, row_stride, column_stride, packed)

@@ -81,14 +81,17 @@ def _multiply(
 
 
 @kernel
-def multiply(dtype, rows, depth, filters, x, kernel, row_stride, column_stride, bias, y, low, high, threads):
-    """y = clamp(x . kernel + bias), a kernel of any strides; says whether there was memory. bias may be 0 (absent)."""
+def multiply(dtype, rows, depth, filters, x, kernel, row_stride, column_stride, kept, bias, y, low, high, threads):
+    """y = clamp(x . kernel + bias), a kernel of any strides; says whether there was memory. bias may be 0 (absent).
+
+    `kept` is the kernel as `gemm.pack` packs it, or 0.
+    """
     zeros, lacking = np.zeros(filters, dtype), np.zeros(1, np.intp)
     start = bias if bias != 0 else address(zeros)
-    packed = try_take(dtype, shared_length(dtype, rows, depth, filters, row_stride, column_stride, threads))
+    packed = try_take(dtype, shared_length(dtype, rows, depth, filters, row_stride, column_stride, kept, threads))
     if packed == 0:
         return False
-    panels = shared_panels(dtype, rows, depth, filters, kernel, row_stride, column_stride, packed, threads)
+    panels = shared_panels(dtype, rows, depth, filters, kernel, row_stride, column_stride, kept, packed, threads)
     parts = shares(dtype, rows, depth, threads)
     _multiply(
         dtype, parts, rows, depth, filters, x, kernel, row_stride, column_stride, panels, start, y, low, high,
@@ -102,7 +105,7 @@ def multiply(dtype, rows, depth, filters, x, kernel, row_stride, column_stride, 
 @entry
 def forward(dtype, rows, depth, filters, x, kernel, bias, y, low, high, threads):
     """Fills y. bias may be 0 (absent)."""
-    require(multiply(dtype, rows, depth, filters, x, kernel, filters, 1, bias, y, low, high, threads))
+    require(multiply(dtype, rows, depth, filters, x, kernel, filters, 1, 0, bias, y, low, high, threads))
 
 
 @compiled_once
@@ -238,7 +241,7 @@ def backward(dtype, rows, depth, filters, x, kernel, dy, d_x, d_kernel, d_bias, 
     """Fills d_x, d_kernel and d_bias, each where its address is not 0."""
     if d_x != 0:
         low, high = dtype(-np.inf), dtype(np.inf)
-        require(multiply(dtype, rows, filters, depth, dy, kernel, 1, filters, 0, d_x, low, high, threads))
+        require(multiply(dtype, rows, filters, depth, dy, kernel, 1, filters, 0, 0, d_x, low, high, threads))
     if d_kernel != 0:
         require(kernel_gradient(dtype, rows, depth, filters, x, depth, dy, d_kernel, False, threads))
     if d_bias != 0:

@@ -36,7 +36,7 @@ for _name in ("malloc", "free"):
     llvm.add_symbol(f"fastsepconv_{_name}", ctypes.cast(_function, ctypes.c_void_p).value)
 
 _malloc = types.ExternalFunction("fastsepconv_malloc", types.intp(types.intp))
-_free = types.ExternalFunction("fastsepconv_free", types.void(types.intp))
+free_memory = types.ExternalFunction("fastsepconv_free", types.void(types.intp))
 
 
 @kernel
@@ -51,8 +51,17 @@ def try_take(dtype, length):
         if block != 0:
             if atomics.load(block - _HEADER + WORD_SIZE) >= size:
                 return block
-            _free(atomics.load(block - _HEADER))  # too small now: the shelf forgets it for the larger one
+            free(block)  # too small now: the shelf forgets it for the larger one
             break
+    return allocate(size)
+
+
+@kernel
+def allocate(size):
+    """The address, on a cache line, of `size` bytes that are not from the shelf; 0 where there is no memory.
+
+    Return them with `free`.
+    """
     start = _malloc(size + 2 * CACHE_LINE + _HEADER)
     if start == 0:
         return 0
@@ -101,7 +110,13 @@ def give(block):
         for place in range(SHELF_PLACES):
             if atomics.replace(_place(place), 0, block):
                 return
-    _free(atomics.load(block - _HEADER))
+    free(block)
+
+
+@kernel
+def free(block):
+    """Returns what `allocate` gave."""
+    free_memory(atomics.load(block - _HEADER))
 
 
 @kernel

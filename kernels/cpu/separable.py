@@ -60,15 +60,15 @@ def _forward(dtype, worker, workers, g, filters, x, depthwise, pointwise, panels
 
 
 @kernel
-def _forward_single(dtype, g, filters, x, depthwise, pointwise, bias, y, low, high, threads):
+def _forward_single(dtype, g, filters, x, depthwise, pointwise, kept, bias, y, low, high, threads):
     """Fills y; says whether there was memory. Assumes: g.multiplier is 1."""
     pixels, depth = g.batch * g.out_height * g.out_width, g.channels
     zeros, lacking = np.zeros(filters, dtype), np.zeros(1, np.intp)
     start = bias if bias != 0 else address(zeros)
-    packed = try_take(dtype, gemm.shared_length(dtype, pixels, depth, filters, filters, 1, threads))
+    packed = try_take(dtype, gemm.shared_length(dtype, pixels, depth, filters, filters, 1, kept, threads))
     if packed == 0:
         return False
-    panels = gemm.shared_panels(dtype, pixels, depth, filters, pointwise, filters, 1, packed, threads)
+    panels = gemm.shared_panels(dtype, pixels, depth, filters, pointwise, filters, 1, kept, packed, threads)
     shares = gemm.shares(dtype, pixels, depth, threads)
     _forward(dtype, shares, g, filters, x, depthwise, pointwise, panels, start, y, low, high, address(lacking))
     keep(zeros)
@@ -76,18 +76,29 @@ def _forward_single(dtype, g, filters, x, depthwise, pointwise, bias, y, low, hi
     return lacking[0] == 0
 
 
+@kernel
+def try_forward(dtype, g, filters, x, depthwise, pointwise, kept, bias, y, low, high, threads):
+    """Fills y `[N,P,Q,F]`; says whether there was memory. bias may be 0 (absent).
+
+    `kept` is the pointwise kernel as `gemm.pack` packs it, or 0.
+    """
+    if g.multiplier == 1:
+        return _forward_single(dtype, g, filters, x, depthwise, pointwise, kept, bias, y, low, high, threads)
+    repeated = try_take(dtype, repeated_length(g))
+    if repeated == 0:
+        return False
+    repeat_channels(dtype, threads, g, x, repeated)
+    had_memory = _forward_single(
+        dtype, single(g), filters, repeated, depthwise, pointwise, kept, bias, y, low, high, threads
+    )
+    give(repeated)
+    return had_memory
+
+
 @entry
 def forward(dtype, g, filters, x, depthwise, pointwise, bias, y, low, high, threads):
     """Fills y `[N,P,Q,F]`. bias may be 0 (absent)."""
-    if g.multiplier == 1:
-        require(_forward_single(dtype, g, filters, x, depthwise, pointwise, bias, y, low, high, threads))
-    else:
-        repeated = take(dtype, repeated_length(g))
-        repeat_channels(dtype, threads, g, x, repeated)
-        wide = single(g)
-        had_memory = _forward_single(dtype, wide, filters, repeated, depthwise, pointwise, bias, y, low, high, threads)
-        give(repeated)
-        require(had_memory)
+    require(try_forward(dtype, g, filters, x, depthwise, pointwise, 0, bias, y, low, high, threads))
 
 
 @kernel
@@ -125,7 +136,7 @@ def _backward_single(dtype, g, filters, x, depthwise, pointwise, dy, d_x, d_dept
             )
         if d_x != 0 or d_depthwise != 0:
             had_memory &= pw.multiply(
-                dtype, rows, filters, depth, dy_part, pointwise, 1, filters, 0, d_mid, low, high, threads
+                dtype, rows, filters, depth, dy_part, pointwise, 1, filters, 0, 0, d_mid, low, high, threads
             )
         if d_x != 0:
             d_x_part = d_x + n * g.height * g.width * depth * itemsize

@@ -13,7 +13,7 @@ import pytest
 import tensorflow as tf
 
 from fastsepconv.bridge import tensorflow as bridge
-from fastsepconv.bridge import tensorflow_kernels, tensorflow_ops
+from fastsepconv.bridge import tensorflow_kernels, tensorflow_ops, tensorflow_state
 from fastsepconv.kernels.geometry import resolve
 
 from .cases import KINDS, WINDOWS, gradients, operands, window_of
@@ -66,18 +66,19 @@ def test_static_shapes_are_those_that_come_out(rng):
 )
 def test_shape_function_of_the_op_alone(kind, kernels, expected):
     """What TensorFlow works out by itself where a graph is imported."""
-    window = () if kind == "Pointwise" else bridge._window(1, "valid", 1)
+    attributes = () if kind == "Pointwise" else bridge._window(1, "valid", 1)
+    attributes += () if kind == "Depthwise" else ("keep", 0)
     with tf.Graph().as_default():
         inputs = [tf.compat.v1.placeholder(tf.float32, shape) for shape in [(2, 6, 7, 5), *kernels]]
-        (y,) = tensorflow_ops._apply_in_graph(f"Fastsepconv{kind}", [*inputs, []], window)
+        (y,) = tensorflow_ops._apply_in_graph(f"Fastsepconv{kind}", [*inputs, []], attributes)
         assert y.shape.as_list() == expected
         y = tensorflow_ops._apply_in_graph(
-            f"Fastsepconv{kind}", [tf.compat.v1.placeholder(tf.float32), *inputs[1:], []], window
+            f"Fastsepconv{kind}", [tf.compat.v1.placeholder(tf.float32), *inputs[1:], []], attributes
         )[0]
         assert y.shape.rank == 4
         with pytest.raises(ValueError, match="rank 4"):
             bad = [tf.compat.v1.placeholder(tf.float32, (2, 6, 5)), *inputs[1:], []]
-            tensorflow_ops._apply_in_graph(f"Fastsepconv{kind}", bad, window)
+            tensorflow_ops._apply_in_graph(f"Fastsepconv{kind}", bad, attributes)
 
 
 def test_sizes_at_run_time_are_those_of_geometry():
@@ -87,7 +88,7 @@ def test_sizes_at_run_time_are_those_of_geometry():
     for size, taps, stride, dilation, pad in itertools.product(range(8), (1, 2, 3, 5), (1, 2, 3), (1, 2, 4), pads):
         padding = pad if isinstance(pad, str) else (pad, pad)
         g = resolve((1, size, size, 1), (taps, taps, 1, 1), (stride, stride), padding, (dilation, dilation))
-        state = np.zeros(tensorflow_kernels.STATE_WORDS, np.int64)
+        state = np.zeros(tensorflow_state.WORDS, np.int64)
         attributes = bridge._window(stride, padding, dilation)
         for word, value in zip((1, 3, 5, 6), attributes[1::2], strict=True):
             state[word : word + np.size(value)] = value
