@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     __version__: str
     from . import models
-    from .bridge.tensorflow_freeze import freeze
     from .convert import convert, revert
     from .dispatch import get_backend, set_backend
+    from .freeze import freeze
     from .kernels.cpu.threads import set_num_threads
     from .layers import FastDepthwiseConv2D, FastSeparableConv2D
     from .ops import (
@@ -49,9 +49,9 @@ __all__ = [
 ]
 
 _MODULES = {
-    "bridge.tensorflow_freeze": ("freeze",),
     "convert": ("convert", "revert"),
     "dispatch": ("get_backend", "set_backend"),
+    "freeze": ("freeze",),
     "kernels.cpu.threads": ("set_num_threads",),
     "layers": ("FastDepthwiseConv2D", "FastSeparableConv2D"),
     "ops": tuple(name for name in __all__ if "_conv2d" in name),

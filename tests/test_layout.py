@@ -30,7 +30,7 @@ LAYERS = [
     {"cli"},
     {"bench"},
     {"models", "verify"},
-    {"convert"},
+    {"convert", "freeze"},
     {"copying"},
     {"layers"},
     {"bridge"},

@@ -21,20 +21,21 @@ New = Callable[[int, Shape], Any]
 
 
 def forward(backend: ModuleType, kind: str, operands: Sequence[Any], bias: Any, named: dict, new: New) -> Any:
-    """y `[N,P,Q,F]` from the operands, x and the kernels, and the bias or None.
+    """y `[N,P,Q,F]` from the operands, x and the kernels, and the bias or None; no less than 0 if `named` says "relu".
 
     Raises:
         ValueError: a shape is wrong.
     """
     x, *kernels = operands
     y = new(0, _output_shape(operands, bias, named))
+    clamp = (0.0 if named.get("relu") else -math.inf, math.inf)
     if kind == "Depthwise":
-        backend.depthwise_forward(_geometry(operands, named), x, *kernels, bias, y)
+        backend.depthwise_forward(_geometry(operands, named), x, *kernels, bias, y, clamp)
     elif kind == "Separable":
         depthwise, pointwise = kernels
-        backend.separable_forward(_geometry(operands, named), x, depthwise, _matrix(pointwise), bias, y)
+        backend.separable_forward(_geometry(operands, named), x, depthwise, _matrix(pointwise), bias, y, clamp)
     else:
-        backend.pointwise_forward(_matrix(x), _matrix(kernels[0]), bias, _matrix(y))
+        backend.pointwise_forward(_matrix(x), _matrix(kernels[0]), bias, _matrix(y), clamp)
     return y
 
 

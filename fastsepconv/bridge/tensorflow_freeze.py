@@ -1,56 +1,31 @@
-"""A Keras model as one TensorFlow graph whose weights are constants, for prediction: `freeze`."""
+"""A Keras model as one TensorFlow graph whose weights are constants: what `freeze` does in TensorFlow."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
-from tensorflow.core.framework.graph_pb2 import GraphDef
 from tensorflow.core.framework.node_def_pb2 import NodeDef
 from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2_as_graph
 
 from .. import checks
 from .tensorflow_registration import DEFINITIONS
 
-_PASSED_ON = ("Identity", "Cast")  # what may stand between a constant and the node that reads it
+_PASSED_ON = ("Identity", "Cast")  # what may stand between a node and the one that its values come from
 
 
-def freeze(model: keras.Model) -> Callable[..., Any]:
-    """The model for prediction, with its weights as they are now.
-
-    TensorFlow folds what can be computed beforehand (batch normalisation's factors, for one), and each of this
-    package's convolutions packs its pointwise kernel at the first run and keeps it: as much memory again as those
-    kernels. Later changes of the model do not show.
-
-    Args:
-        model: any built Functional or Sequential model, or one that has been called on symbolic inputs, on Keras with
-            TensorFlow.
-
-    Returns:
-        A function of the model's inputs, tensors or arrays of any batch size, each an argument. What it returns is
-        that of `model(inputs, training=False)`. It has no gradients.
-
-    Raises:
-        TypeError: `model` is no Keras model.
-        ValueError: the model has not been built.
-        RuntimeError: Keras does not run on TensorFlow.
-
-    Source: TensorFlow's frozen graphs (tensorflow/python/framework/convert_to_constants.py).
-    """
-    if keras.backend.backend() != "tensorflow":
-        raise RuntimeError(f"freeze needs Keras on TensorFlow. It runs on {keras.backend.backend()}.")
-    if not isinstance(model, keras.Model):
-        raise checks.invalid("model", "a Keras model", type(model).__name__, kind=TypeError)
-    wanted = getattr(model, "inputs", None)
-    if not wanted:
-        raise checks.invalid("model", "a model that knows its inputs", f"{model.name}, which has not been built")
+def as_constants(model: keras.Model) -> Callable[..., Any]:
+    """A function of the inputs of a built model, as `freeze` returns it."""
     graph = tf.function(lambda *tensors: model(_structured(model, tensors), training=False), autograph=False)
-    specs = [tf.TensorSpec(each.shape, each.dtype, name=f"input_{i}") for i, each in enumerate(wanted)]
+    specs = [tf.TensorSpec(each.shape, each.dtype, name=f"input_{i}") for i, each in enumerate(model.inputs)]
     concrete = graph.get_concrete_function(*specs)
     _, definition = convert_variables_to_constants_v2_as_graph(concrete)
-    _keep_constants(definition)
+    for nodes in (definition.node, *(function.node_def for function in definition.library.function)):
+        _keep_constants(nodes)
+    _take_in_relus(definition.node)  # not in functions, whose results nobody counts as read
     names = [tensor.name for tensor in concrete.inputs[: len(specs)]]
     imported = tf.compat.v1.wrap_function(lambda: tf.graph_util.import_graph_def(definition, name=""), [])
     frozen = imported.prune(names, [tensor.name for tensor in concrete.outputs])
@@ -69,19 +44,41 @@ def _structured(model: keras.Model, tensors: tuple) -> Any:
     return tensors[0] if len(tensors) == 1 else list(tensors)
 
 
-def _keep_constants(graph: GraphDef) -> None:
-    """Tell this package's nodes, in the graph and in its functions, to keep a kernel packed that is a constant."""
-    for nodes in (graph.node, *(function.node_def for function in graph.library.function)):
-        named = {node.name: node for node in nodes}
-        for node in nodes:
-            definition = DEFINITIONS.get(node.op)
-            if definition and "keep" in definition.attributes:
-                kernel = node.input[len(definition.inputs) - 2]  # the bias comes last
-                node.attr["keep"].i = int(_is_constant(kernel, named))
+def _keep_constants(nodes: Sequence[NodeDef]) -> None:
+    """Tell this package's nodes to keep a kernel packed that is a constant."""
+    named = {node.name: node for node in nodes}
+    for node in nodes:
+        if "keep" in _attributes(node):
+            kernel = node.input[len(DEFINITIONS[node.op].inputs) - 2]  # the bias comes last
+            node.attr["keep"].i = int(_is_constant(kernel, named))
+
+
+def _take_in_relus(nodes: Sequence[NodeDef]) -> None:
+    """Have this package's nodes compute the ReLU that is the one reader of their result, rounded to halves or not."""
+    named = {node.name: node for node in nodes}
+    readers = Counter(name.partition(":")[0].lstrip("^") for node in nodes for name in node.input)
+    for node in nodes:
+        if node.op == "Relu":
+            passed, source = _origin(node.input[0], named)
+            alone = all(readers[each.name] == 1 for each in (*passed, source) if each is not None)
+            if source is not None and alone and "relu" in _attributes(source):
+                source.attr["relu"].i = 1
+                node.op = "Identity"
+
+
+def _attributes(node: NodeDef) -> Iterable[str]:
+    return DEFINITIONS[node.op].attributes if node.op in DEFINITIONS else ()
 
 
 def _is_constant(name: str, named: dict[str, NodeDef]) -> bool:
-    node = named.get(name.partition(":")[0])
+    _, source = _origin(name, named)
+    return source is not None and source.op == "Const"
+
+
+def _origin(name: str, named: dict[str, NodeDef]) -> tuple[list[NodeDef], NodeDef | None]:
+    """What a tensor passes through, and the node that it comes from; None where that is an argument."""
+    passed, node = [], named.get(name.partition(":")[0])
     while node is not None and node.op in _PASSED_ON:
+        passed.append(node)
         node = named.get(node.input[0].partition(":")[0])
-    return node is not None and node.op == "Const"
+    return passed, node

@@ -23,7 +23,7 @@ from ..kernels.geometry import Geometry
 from . import tensorflow_capi as tf
 from . import tensorflow_kept as kept
 from .tensorflow_capi import INVALID_ARGUMENT, RESOURCE_EXHAUSTED
-from .tensorflow_state import DILATIONS, PADDING, SAME, STRIDES, WANTED, WORDS
+from .tensorflow_state import DILATIONS, PADDING, RELU, SAME, STRIDES, WANTED, WORDS
 
 MAX_ELEMENTS = 2**59  # TensorFlow aborts on a shape whose product overflows
 MAX_SPAN = 2**31 - 1
@@ -259,6 +259,12 @@ def require_dy(dy, shape, status):
 
 
 @kernel
+def lowest(dtype, state):
+    """The lower bound of a node's results."""
+    return dtype(0) if state[RELU] != 0 else dtype(-np.inf)
+
+
+@kernel
 def depthwise_forward(dtype, address, context):
     """x, depthwise_kernel, bias (at most one) -> y."""
     state = view(np.int64, address, WORDS)
@@ -270,7 +276,9 @@ def depthwise_forward(dtype, address, context):
     shape = (g.batch, g.out_height, g.out_width, filters)
     y = 0 if failed(status) else allocate(context, 0, 4, shape, status)
     if not failed(status):
-        depthwise.forward(dtype, g, x.data, weights.data, bias, y, dtype(-np.inf), dtype(np.inf), threads.current())
+        depthwise.forward(
+            dtype, g, x.data, weights.data, bias, y, lowest(dtype, state), dtype(np.inf), threads.current()
+        )
     finish(context, status)
 
 
@@ -294,6 +302,7 @@ def depthwise_backward(dtype, address, context):
 @kernel
 def pointwise_forward(dtype, address, context):
     """x, pointwise_kernel, bias (at most one) -> y."""
+    state = view(np.int64, address, WORDS)
     status = tf.new_status()
     x, weights = read_input(context, 0, status), read_input(context, 1, status)
     batch, height, width, depth = x.shape
@@ -306,7 +315,7 @@ def pointwise_forward(dtype, address, context):
         panels = kept.panels_of(dtype, address, context, 1, weights.data, depth, filters, threads.current())
         require(pointwise.multiply(
             dtype, batch * height * width, depth, filters, x.data, weights.data, filters, 1, panels, bias, y,
-            dtype(-np.inf), dtype(np.inf), threads.current(),
+            lowest(dtype, state), dtype(np.inf), threads.current(),
         ))  # fmt: skip
     finish(context, status)
 
@@ -350,7 +359,7 @@ def separable_forward(dtype, address, context):
         panels = kept.panels_of(dtype, address, context, 2, mixing.data, depth, filters, threads.current())
         require(separable.try_forward(
             dtype, g, filters, x.data, weights.data, mixing.data, panels, bias, y,
-            dtype(-np.inf), dtype(np.inf), threads.current(),
+            lowest(dtype, state), dtype(np.inf), threads.current(),
         ))  # fmt: skip
     finish(context, status)
 

@@ -28,8 +28,7 @@ def forward(kind: str, operands: Sequence[tf.Tensor], bias: tf.Tensor | None, at
         return _apply(f"Fastsepconv{kind}", inputs, attributes)[0]
     shapes = [static_shape(operand) for operand in operands]
     shape = output_shape(shapes, None if bias is None else static_shape(bias), by_name(attributes))
-    if "keep" in DEFINITIONS[f"Fastsepconv{kind}"].attributes:
-        attributes = (*attributes, "keep", 0)  # see `tensorflow_freeze`
+    attributes += ("relu", 0) if kind == "Depthwise" else ("keep", 0, "relu", 0)  # set by `tensorflow_freeze`
     (y,) = _apply_in_graph(f"Fastsepconv{kind}", inputs, attributes)
     y.set_shape(shape)
     return y
@@ -90,7 +89,7 @@ def _apply_in_graph(name: str, inputs: list, attributes: Attributes) -> Sequence
 
 def _attributes_of(op: tf.Operation) -> Attributes:
     """Those that an operation and its gradient share."""
-    names = [name for name in DEFINITIONS[op.type].attributes if name not in ("wanted", "keep")]
+    names = [name for name in DEFINITIONS[op.type].attributes if name not in ("wanted", "keep", "relu")]
     return tuple(part for name in names for part in (name, op.get_attr(name)))
 
 

@@ -66,7 +66,8 @@ _WINDOW = {
     "padding": Attribute(word.PADDING, 4),
 }
 _WANTED = {"wanted": Attribute(word.WANTED, 1)}
-_KEEP = {"keep": Attribute(word.KEEP, 1, default=0)}
+_RELU = {"relu": Attribute(word.RELU, 1, default=0)}  # these two are set by `tensorflow_freeze`
+_FROZEN = {"keep": Attribute(word.KEEP, 1, default=0)} | _RELU
 _BIAS = "bias: biases * T"
 
 
@@ -82,7 +83,7 @@ class Definition(NamedTuple):
 
 DEFINITIONS = {
     "FastsepconvDepthwise": Definition(
-        ("x: T", "depthwise_kernel: T", _BIAS), ("y: T",), _WINDOW, kernels.depthwise_forward, shapes.depthwise
+        ("x: T", "depthwise_kernel: T", _BIAS), ("y: T",), _WINDOW | _RELU, kernels.depthwise_forward, shapes.depthwise
     ),
     "FastsepconvDepthwiseGrad": Definition(
         ("x: T", "depthwise_kernel: T", "dy: T"),
@@ -91,7 +92,7 @@ DEFINITIONS = {
         kernels.depthwise_backward,
     ),
     "FastsepconvPointwise": Definition(
-        ("x: T", "pointwise_kernel: T", _BIAS), ("y: T",), _KEEP, kernels.pointwise_forward, shapes.pointwise
+        ("x: T", "pointwise_kernel: T", _BIAS), ("y: T",), _FROZEN, kernels.pointwise_forward, shapes.pointwise
     ),
     "FastsepconvPointwiseGrad": Definition(
         ("x: T", "pointwise_kernel: T", "dy: T"),
@@ -102,7 +103,7 @@ DEFINITIONS = {
     "FastsepconvSeparable": Definition(
         ("x: T", "depthwise_kernel: T", "pointwise_kernel: T", _BIAS),
         ("y: T",),
-        _WINDOW | _KEEP,
+        _WINDOW | _FROZEN,
         kernels.separable_forward,
         shapes.separable,
     ),

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 # What the node was made with.
-FUNCTION, STRIDES, DILATIONS, SAME, PADDING, WANTED, OPERATION, KEEP = 0, 1, 3, 5, 6, 10, 11, 12
+FUNCTION, STRIDES, DILATIONS, SAME, PADDING, WANTED, OPERATION, KEEP, RELU = 0, 1, 3, 5, 6, 10, 11, 12, 13
 # The constant kernel that it keeps packed: see `tensorflow_kept`.
-LOCK, TENSOR, ADDRESS, PANELS = 13, 14, 15, 16
+LOCK, TENSOR, ADDRESS, PANELS = 14, 15, 16, 17
 
-WORDS = 17
+WORDS = 18

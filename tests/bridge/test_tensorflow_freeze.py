@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import importlib
 import subprocess
 import sys
 import threading
@@ -21,24 +22,31 @@ from fastsepconv.layers import FastDepthwiseConv2D, FastSeparableConv2D
 from . import oracle
 from .cases import operands
 
+freezing = importlib.import_module("fastsepconv.freeze")  # the module: the package has the function of that name
 
-def kept(definition: tf.compat.v1.GraphDef) -> list[int]:
-    return [node.attr["keep"].i for node in definition.node if "keep" in node.attr]
+
+def marks(nodes, attribute: str) -> list[int]:
+    return [node.attr[attribute].i for node in nodes if attribute in node.attr]
 
 
 @pytest.fixture
-def definitions(monkeypatch):
-    """The graphs that `freeze` marks."""
-    found, mark = [], tensorflow_freeze._keep_constants
-    monkeypatch.setattr(tensorflow_freeze, "_keep_constants", lambda graph: (mark(graph), found.append(graph)))
+def frozen_nodes(monkeypatch):
+    """The nodes that `freeze` marks."""
+    found, mark = [], tensorflow_freeze._take_in_relus
+    monkeypatch.setattr(tensorflow_freeze, "_take_in_relus", lambda nodes: (mark(nodes), found.extend(nodes)))
     return found
+
+
+ATTRIBUTES = ("keep", 0, "relu", 0)
 
 
 def small(order="depthwise_pointwise", **arguments):
     layers = [
-        FastSeparableConv2D(24, 3, padding="same", depth_multiplier=2, activation="relu", order=order, **arguments),
+        FastSeparableConv2D(24, 3, padding="same", depth_multiplier=2, use_bias=False, order=order, **arguments),
         keras.layers.BatchNormalization(**arguments),
-        FastDepthwiseConv2D(3, **arguments),
+        keras.layers.ReLU(**arguments),
+        FastDepthwiseConv2D(3, depth_multiplier=2, **arguments),
+        keras.layers.BatchNormalization(center=False, scale=False, **arguments),
         FastSeparableConv2D(5, 3, strides=2, use_bias=False, order=order, **arguments),
     ]
     return keras.Sequential([keras.Input((9, 8, 6)), *layers])
@@ -46,7 +54,7 @@ def small(order="depthwise_pointwise", **arguments):
 
 @pytest.mark.parametrize("order", ["depthwise_pointwise", "pointwise_depthwise"])
 @pytest.mark.parametrize("dtype", ["float32", "float64", "mixed_bfloat16"])
-def test_a_frozen_model_predicts_as_the_model_did(dtype, order, rng, definitions):
+def test_a_frozen_model_predicts_as_the_model_did(dtype, order, rng, frozen_nodes):
     model = small(order, dtype=dtype)
     model.set_weights([rng.uniform(0.5, 1.5, weight.shape) for weight in model.get_weights()])
     frozen = fastsepconv.freeze(model)
@@ -59,7 +67,9 @@ def test_a_frozen_model_predicts_as_the_model_did(dtype, order, rng, definitions
         np.testing.assert_allclose(
             *(np.float64(each[:batch]) for each in (y, expected)), rtol=tolerance, atol=tolerance
         )
-    assert kept(definitions[0]) == [1, 1]
+    operations = [node.op for node in frozen_nodes]
+    assert marks(frozen_nodes, "keep") == [1, 1]
+    assert "Relu" not in operations and "Rsqrt" not in operations
     model.set_weights([0 * weight for weight in model.get_weights()])
     np.testing.assert_array_equal(frozen(x), y)
 
@@ -95,9 +105,11 @@ class Node:
         self.variable = tf.Variable(kernel)
         self.variable.assign_add(0 * kernel)  # now it has a buffer of its own
 
+        name = "FastsepconvPointwise"
+
         @tf.function
         def graph(x):
-            return tensorflow_ops._apply_in_graph("FastsepconvPointwise", [x, self.variable, []], ("keep", 1))[0]
+            return tensorflow_ops._apply_in_graph(name, [x, self.variable, []], ("keep", 1, "relu", 0))[0]
 
         self.graph = graph
 
@@ -137,7 +149,7 @@ def test_variables_arrays_and_results_are_not_kept(rng):
         graph = tf.function(
             lambda x, kernel=kernel: fastsepconv.bridge.tensorflow.separable_conv2d(x, depthwise, kernel())
         )
-        assert kept(graph.get_concrete_function(x).graph.as_graph_def()) == [0], name
+        assert marks(graph.get_concrete_function(x).graph.as_graph_def().node, "keep") == [0], name
 
 
 def test_only_constants_are_marked():
@@ -146,10 +158,58 @@ def test_only_constants_are_marked():
         x, fed = (tf.compat.v1.placeholder(tf.float32, (1, 5, 5, 4)), tf.compat.v1.placeholder(tf.float32, (4, 3)))
         constant = tf.constant(np.ones((4, 3)))
         for kernel in (fed, tf.identity(fed), constant, tf.cast(tf.identity(constant), tf.float32), 2 * constant):
-            tensorflow_ops._apply_in_graph("FastsepconvPointwise", [x, tf.cast(kernel, tf.float32), []], ("keep", 0))
-    definition = graph.as_graph_def()
-    tensorflow_freeze._keep_constants(definition)
-    assert kept(definition) == [0, 0, 1, 1, 0]
+            tensorflow_ops._apply_in_graph("FastsepconvPointwise", [x, tf.cast(kernel, tf.float32), []], ATTRIBUTES)
+    nodes = graph.as_graph_def().node
+    tensorflow_freeze._keep_constants(nodes)
+    assert marks(nodes, "keep") == [0, 0, 1, 1, 0]
+
+
+def test_a_relu_is_taken_in_where_nothing_else_reads_what_it_reads():
+    graph = tf.Graph()
+    with graph.as_default():
+        x, kernel = tf.compat.v1.placeholder(tf.float32, (1, 5, 5, 4)), tf.ones((4, 3))
+        y = [tensorflow_ops._apply_in_graph("FastsepconvPointwise", [x, kernel, []], ATTRIBUTES)[0] for _ in range(3)]
+        tf.nn.relu(y[0])
+        tf.nn.relu(y[1]), tf.abs(y[1])
+        tf.nn.relu(tf.abs(y[2]))
+    nodes = graph.as_graph_def().node
+    tensorflow_freeze._take_in_relus(nodes)
+    assert marks(nodes, "relu") == [1, 0, 0]
+    assert [node.op for node in nodes].count("Relu") == 2
+
+
+def functional(rng, **changes):
+    """A model in which one batch normalisation must stay as it is, for a reason that `changes` tell."""
+    x = keras.Input((6, 6, 4))
+    layer = FastSeparableConv2D(4, 3, activation=changes.get("activation"), padding="same")
+    y = layer(layer(x)) if "shared" in changes else layer(x)
+    z = keras.layers.BatchNormalization(axis=changes.get("axis", -1))(y)
+    outputs = [z, y] if "output" in changes else z + y if "read_twice" in changes else z
+    model = keras.Model(x, outputs)
+    model.set_weights([rng.uniform(0.5, 1.5, weight.shape) for weight in model.get_weights()])
+    return model
+
+
+STAYING = [{"activation": "tanh"}, {"shared": True}, {"axis": 1}, {"output": True}, {"read_twice": True}]
+
+
+@pytest.mark.parametrize("changes", [{}, *STAYING], ids=str)
+def test_batch_normalisation_is_folded_only_where_it_can_be(changes, rng):
+    model, x = functional(rng, **changes), rng.standard_normal((2, 6, 6, 4)).astype("float32")
+    assert len(list(freezing._foldable(model))) == (not changes)
+    weights = model.get_weights()
+    for frozen, expected in zip(*map(tf.nest.flatten, (fastsepconv.freeze(model)(x), model(x))), strict=True):
+        np.testing.assert_allclose(frozen, expected, rtol=1e-5, atol=1e-4)
+    for before, after in zip(weights, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(before, after)
+
+
+def test_xception(rng):
+    model = fastsepconv.models.xception(input_shape=(32, 32, 1), classes=7)
+    model.set_weights([rng.normal(1.0, 0.05, w.shape) if w.ndim == 1 else w for w in model.get_weights()])
+    x = rng.standard_normal((2, 32, 32, 1)).astype("float32")
+    np.testing.assert_allclose(fastsepconv.freeze(model)(x), model(x, training=False), rtol=1e-4, atol=1e-5)
+    assert len(list(freezing._foldable(model))) >= 30
 
 
 def test_several_threads_run_a_frozen_model(rng):

@@ -67,7 +67,7 @@ def test_static_shapes_are_those_that_come_out(rng):
 def test_shape_function_of_the_op_alone(kind, kernels, expected):
     """What TensorFlow works out by itself where a graph is imported."""
     attributes = () if kind == "Pointwise" else bridge._window(1, "valid", 1)
-    attributes += () if kind == "Depthwise" else ("keep", 0)
+    attributes += ("relu", 0) if kind == "Depthwise" else ("keep", 0, "relu", 0)
     with tf.Graph().as_default():
         inputs = [tf.compat.v1.placeholder(tf.float32, shape) for shape in [(2, 6, 7, 5), *kernels]]
         (y,) = tensorflow_ops._apply_in_graph(f"Fastsepconv{kind}", [*inputs, []], attributes)
