@@ -26,8 +26,9 @@ def freeze(model: keras.Model) -> Callable[..., Any]:
         model: any built Functional or Sequential model, on Keras with TensorFlow. It is left as it is.
 
     Returns:
-        A function of the model's inputs, tensors or arrays of any batch size, each an argument. What it returns is
-        that of `model(inputs, training=False)` but for rounding. It has no gradients.
+        A function of the model's inputs, tensors or arrays of any batch size, each an argument, in the order of
+        `model.inputs`. What it returns is that of `model(inputs, training=False)`, but for rounding. There are no
+        gradients.
 
     Raises:
         TypeError: `model` is no Keras model.

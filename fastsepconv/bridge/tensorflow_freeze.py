@@ -19,7 +19,13 @@ _PASSED_ON = ("Identity", "Cast")  # what may stand between a node and the one t
 
 def as_constants(model: keras.Model) -> Callable[..., Any]:
     """A function of the inputs of a built model, as `freeze` returns it."""
-    graph = tf.function(lambda *tensors: model(_structured(model, tensors), training=False), autograph=False)
+
+    @tf.function(autograph=False)
+    def graph(*tensors: tf.Tensor) -> Any:
+        sequential = isinstance(model, keras.Sequential)
+        inputs = tensors[0] if sequential else keras.tree.pack_sequence_as(model.input, tensors)
+        return model(inputs, training=False)
+
     specs = [tf.TensorSpec(each.shape, each.dtype, name=f"input_{i}") for i, each in enumerate(model.inputs)]
     concrete = graph.get_concrete_function(*specs)
     _, definition = convert_variables_to_constants_v2_as_graph(concrete)
@@ -37,11 +43,6 @@ def as_constants(model: keras.Model) -> Callable[..., Any]:
         return tf.nest.pack_sequence_as(concrete.structured_outputs, frozen(*values))
 
     return predict
-
-
-def _structured(model: keras.Model, tensors: tuple) -> Any:
-    """A model's inputs as it takes them."""
-    return tensors[0] if len(tensors) == 1 else list(tensors)
 
 
 def _keep_constants(nodes: Sequence[NodeDef]) -> None:

@@ -74,12 +74,13 @@ def test_a_frozen_model_predicts_as_the_model_did(dtype, order, rng, frozen_node
     np.testing.assert_array_equal(frozen(x), y)
 
 
-def test_several_inputs_and_outputs(rng):
-    first, second = keras.Input((5, 5, 4)), keras.Input((5, 5, 4))
-    y = FastSeparableConv2D(3, 3)(first + second)
-    model = keras.Model([first, second], {"y": y, "sum": keras.ops.sum(y)})
-    x = [rng.standard_normal((2, 5, 5, 4)).astype("float32") for _ in range(2)]
-    frozen, expected = fastsepconv.freeze(model)(*x), model(x)
+@pytest.mark.parametrize("structure", [list, lambda pair: {"b": pair[0], "a": pair[1]}], ids=["list", "dict"])
+def test_several_inputs_and_outputs(structure, rng):
+    first, second = (keras.Input((5, 5, 4), name=name) for name in "ba")
+    y = FastSeparableConv2D(3, 3)(first - second)
+    model = keras.Model(structure([first, second]), {"y": y, "sum": keras.ops.sum(y)})
+    x = structure([rng.standard_normal((2, 5, 5, 4)).astype("float32") for _ in range(2)])
+    frozen, expected = fastsepconv.freeze(model)(*keras.tree.flatten(x)), model(x)
     assert frozen.keys() == expected.keys()
     for name, value in expected.items():
         np.testing.assert_allclose(frozen[name], value, rtol=1e-5, atol=1e-5)
