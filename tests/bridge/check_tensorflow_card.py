@@ -89,6 +89,17 @@ def test_the_bridge_says_which_way_it_takes(backend):
     assert status["backend"] == ("cuda" if backend == "cuda" else "cpu")
 
 
+def test_a_frozen_model(rng, ran):
+    """Its ReLU is computed by the convolution's node."""
+    layers = [fastsepconv.FastSeparableConv2D(8, 3), keras.layers.BatchNormalization(), keras.layers.ReLU()]
+    model = keras.Sequential([keras.Input((5, 6, 4)), *layers])
+    model.set_weights([rng.uniform(0.1, 1, weight.shape) for weight in model.get_weights()])
+    x = rng.standard_normal((2, 5, 6, 4)).astype("float32")
+    y = fastsepconv.freeze(model)(x).numpy()
+    assert ran and 0 < np.count_nonzero(y) < y.size
+    np.testing.assert_allclose(y, fastsepconv.revert(model)(x), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("in_graph", [False, True], ids=["eager", "graph"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("window", WINDOWS.values(), ids=WINDOWS.keys())
