@@ -62,11 +62,11 @@ class _Folded(keras.layers.BatchNormalization):
 
 def _foldable(model: keras.Model) -> Iterator[Pair]:
     """Each linear layer of ours that nothing reads but one batch normalisation over its channels, and that one."""
-    outputs = {id(tensor) for part in layers_of(model) if isinstance(part, keras.Model) for tensor in _outputs(part)}
+    outputs = {id(tensor) for part in layers_of(model) for tensor in getattr(part, "outputs", None) or ()}
     for norm in layers_of(model):
         if type(norm) is not keras.layers.BatchNormalization or len(norm._inbound_nodes) != 1:
             continue
-        (tensor,) = norm._inbound_nodes[0].input_tensors
+        tensor, *_ = norm._inbound_nodes[0].input_tensors  # a mask counts in training alone
         layer = tensor._keras_history.operation
         if type(layer) not in (FastSeparableConv2D, FastDepthwiseConv2D) or id(tensor) in outputs:
             continue
@@ -75,10 +75,6 @@ def _foldable(model: keras.Model) -> Iterator[Pair]:
         channels = len(tensor.shape) - 1 if layer.data_format == "channels_last" else 1
         if read_once and axis == channels and layer.activation is keras.activations.linear:
             yield layer, norm
-
-
-def _outputs(model: keras.Model) -> list[Any]:
-    return getattr(model, "outputs", None) or []
 
 
 def _fold(layer: keras.Layer, norm: keras.layers.BatchNormalization) -> None:

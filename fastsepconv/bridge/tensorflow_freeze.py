@@ -59,12 +59,14 @@ def _take_in_relus(nodes: Sequence[NodeDef]) -> None:
     named = {node.name: node for node in nodes}
     readers = Counter(name.partition(":")[0].lstrip("^") for node in nodes for name in node.input)
     for node in nodes:
-        if node.op == "Relu":
-            passed, source = _origin(node.input[0], named)
-            alone = all(readers[each.name] == 1 for each in (*passed, source) if each is not None)
-            if source is not None and alone and "relu" in _attributes(source):
-                source.attr["relu"].i = 1
-                node.op = "Identity"
+        if node.op != "Relu":
+            continue
+        passed, source = _origin(node.input[0], named)
+        if source is None or "relu" not in _attributes(source):
+            continue
+        if all(readers[each.name] == 1 for each in (*passed, source)):
+            source.attr["relu"].i = 1
+            node.op = "Identity"
 
 
 def _attributes(node: NodeDef) -> Iterable[str]:

@@ -250,3 +250,16 @@ for _ in range(3):
 
 def test_an_exception_in_compiled_code_becomes_a_tensorflow_error():
     assert run(RAISES) == "True\n" * 3
+
+
+FROZEN_AT_THE_END = """
+import keras, numpy as np
+import fastsepconv
+model = keras.Sequential([keras.Input((5, 5, 8)), fastsepconv.FastSeparableConv2D(40, 3)])
+frozen = fastsepconv.freeze(model)
+frozen(np.ones((1, 5, 5, 8)))
+"""
+
+
+def test_python_may_end_before_a_node_that_keeps_its_kernel():
+    run(FROZEN_AT_THE_END)
