@@ -42,6 +42,7 @@ from numba.core.extending import _Intrinsic
 from numba.core.serialize import dumps
 
 from .. import cache_folder
+from .tiles import L2_BYTES
 
 FOLDER_VARIABLE = cache_folder.VARIABLE
 _TILE_VARIABLE = "FASTSEPCONV_TILE"
@@ -248,7 +249,7 @@ def _hash_folder(folder: Path) -> str:
 def _process_key() -> tuple:
     """What this process was started with and the machine code depends on."""
     options = tuple(getattr(config, name, None) for name in _NUMBA_OPTIONS)
-    return os.environ.get(_TILE_VARIABLE), options
+    return os.environ.get(_TILE_VARIABLE), L2_BYTES, options
 
 
 def _signature_key(sig: object) -> object:

@@ -12,19 +12,20 @@ from __future__ import annotations
 
 import numpy as np
 
-from .gemm_tile import GEMM_ROWS, gemm_columns, gemm_tile
+from .gemm_tile import GEMM_ROWS, UNROLL, gemm_columns, gemm_tile
 from .jit import kernel
 from .memory import ceil_div, share
 from .packing import pack, pack_panel, packed_length
 from .pool import compiled_once
 from .simd import CACHE_LINE, L1_PERIOD
+from .tiles import L2_BYTES
 
 TILE_ROWS = GEMM_ROWS[0]
-BLOCK_BYTES = 384 * 1024  # a block of a: an L2 of 1 MiB holds it, what the next is made of, and a panel of the kernel
-ONLY_BLOCK_BYTES = 720 * 1024  # the same where there is no next one
+BLOCK_BYTES = L2_BYTES * 3 // 8  # a block of a: L2 holds it, what the next is made of, and a panel of the kernel
+ONLY_BLOCK_BYTES = 720 * 1024  # the same where there is no next one: from L3 it costs less than all panels once more
 LEAST_BLOCKS, SHARES_A_THREAD = 4, 4  # blocks in a share at least, shares for a thread at most
 PASSES = 4  # packing a kernel in passing for so many blocks costs no more than packing it once beforehand
-BLOCK_TILES = 12  # more rows than that would cost more in address translation than they save
+BLOCK_TILES = 168 // TILE_ROWS  # more rows than that would cost more in address translation than they save
 STREAMED_BYTES = 24 << 20  # an output larger than that is gone from the caches before anyone reads it
 LEAST_TILES = 8  # a worker with fewer tiles of rows would mostly read the kernel: filters are split instead
 
@@ -153,12 +154,14 @@ def _multiply_panel(
     Of what comes next the first tiles ask for the next panel, a column of lines each, and the others for `ahead`.
     """
     itemsize = np.empty(0, dtype).itemsize
-    lines, packed = _lines(dtype, gemm_columns(dtype)), panel
+    asks, packed = depth // UNROLL, panel  # lines that a tile asks for
+    lines = _lines(dtype, gemm_columns(dtype)) * UNROLL  # columns of them, each of every UNROLLth row
     for m in range(0, rows, TILE_ROWS):
         height, tile = min(TILE_ROWS, rows - m), m // TILE_ROWS
-        wanted, step = next_b + tile * CACHE_LINE, next_step
+        wanted = next_b + tile // UNROLL * CACHE_LINE + tile % UNROLL * next_step * itemsize
+        step = UNROLL * next_step
         if tile >= lines:
-            wanted, step = ahead + (tile - lines) * depth * ahead_step * itemsize, ahead_step
+            wanted, step = ahead + (tile - lines) * asks * ahead_step * itemsize, ahead_step
         block = a + m * a_row * itemsize if height == TILE_ROWS or tail == 0 else tail
         gemm_tile(
             dtype, tile_height(height), height, columns, depth, block, a_row, 1, b, b_step, packed, wanted, step,
@@ -182,9 +185,8 @@ def multiply_block(
     """
     itemsize = np.empty(0, dtype).itemsize
     width, line = gemm_columns(dtype), CACHE_LINE // itemsize
-    tiles_ahead = max(0, ceil_div(rows, TILE_ROWS) - _lines(dtype, width))
-    calls = ceil_div(f_last - f_first, width) * tiles_ahead
-    step_ahead = min(line, ceil_div(ahead_length, max(1, calls * depth)))
+    asks_ahead = max(0, ceil_div(rows, TILE_ROWS) - _lines(dtype, width) * UNROLL) * (depth // UNROLL)
+    step_ahead = min(line, ceil_div(ahead_length, max(1, ceil_div(f_last - f_first, width) * asks_ahead)))
     for f in range(f_first, f_last, width):
         columns = min(width, filters - f)
         source, past = kernel + f * column_stride * itemsize, ahead + ahead_length * itemsize
@@ -204,4 +206,4 @@ def multiply_block(
             dtype, rows, depth, filters, columns, a, a_row, tail, b, b_step, panel, next_b, next_step,
             ahead, step_ahead if ahead < past else 0, start + f * itemsize, y + f * itemsize, past_caches, low, high,
         )  # fmt: skip
-        ahead += tiles_ahead * depth * step_ahead * itemsize
+        ahead += asks_ahead * step_ahead * itemsize

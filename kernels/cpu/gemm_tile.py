@@ -14,6 +14,7 @@ from .simd import CACHE_LINE, L1_PERIOD, Vectors, emit_cases, index, vectors_of
 from .tiles import CHOSEN
 
 GEMM_ROWS = CHOSEN.rows
+UNROLL = CHOSEN.unroll
 SUMMED_AT_ONCE = 256  # products in a running sum: its rounding error grows with its length, that of sums of sums less
 ROWS_A_POINTER = 3
 EARLY = 24  # rows of b from being asked for to being read, where it is not packed: memory answers within so many
@@ -38,8 +39,8 @@ def gemm_tile(
 
     for i < rows, j < columns. `tile_rows` is one of GEMM_ROWS, at least `rows`; `columns` is at most `vectors*lanes`.
     All `tile_rows` rows of a and all `vectors*lanes` columns of b are read, whatever `rows` and `columns` are.
-    Meanwhile b is copied into the packed `panel`, if that is not 0, and one cache line a k is asked for in L2: that
-    which holds `ahead + k*ahead_step`.
+    Meanwhile b is copied into the packed `panel`, if that is not 0, and one cache line every UNROLL k is asked for in
+    L2: that which holds `ahead + k//UNROLL*ahead_step`.
 
     Assumes: depth >= 0; a's rows and b's columns readable to the tile's full size; c's rows at multiples of a vector
     if `past_caches` is not 0.
@@ -66,7 +67,7 @@ def _gemm_tile(
     sums = [[emit.register(f"sum{height}_{i}_{j}") for j in range(width)] for i in range(height)]
     _for_each(emit, sums, lambda register: builder.store(emit.zero(), register))
     output = _OutputLines(emit, height, c, c_row, past_caches)
-    a_rows = _row_pointers(emit, a, a_row, height)
+    a_rows, b_rows = _row_pointers(emit, a, a_row, height), _Kernel(emit, b, b_step, panel)
     totals = _Totals(emit, sums)
     chunks = builder.sdiv(builder.add(depth, index(SUMMED_AT_ONCE - 1)), index(SUMMED_AT_ONCE))
     with cgutils.for_range(builder, chunks) as chunk:
@@ -74,18 +75,17 @@ def _gemm_tile(
         first = builder.mul(chunk.index, index(SUMMED_AT_ONCE))
         left = builder.sub(depth, first)
         count = builder.select(builder.icmp_signed("<", left, index(SUMMED_AT_ONCE)), left, index(SUMMED_AT_ONCE))
-        with cgutils.for_range(builder, count) as loop:
-            k = builder.add(first, loop.index)
-            b_line = emit.at(emit.pointer(b), builder.mul(k, b_step))
-            b_vectors = emit.load_span(b_line, [None] * width)
-            with builder.if_then(builder.icmp_signed("!=", panel, index(0)), likely=False):
-                packed = emit.at(emit.pointer(panel), builder.mul(k, index(width * emit.lanes)))
-                for j, b_vector in enumerate(b_vectors):
-                    emit.store(b_vector, emit.at(packed, index(j * emit.lanes)))
-                early = emit.at(b_line, builder.mul(b_step, index(EARLY)))
-                emit.prefetch_span(early, width, level=2)
-            _multiply_step(emit, sums, a_rows, a_row, a_step, b_vectors)
-            output.ask(k, emit.at(emit.pointer(ahead), builder.mul(k, ahead_step)))
+        turns = builder.sdiv(count, index(UNROLL))
+        if UNROLL > 1:  # a branch between the products of a turn would cost registers: b is packed in the loop below
+            turns = builder.select(builder.icmp_signed("==", panel, index(0)), turns, index(0))
+        with cgutils.for_range(builder, turns) as loop:
+            turn = builder.add(builder.sdiv(first, index(UNROLL)), loop.index)
+            for _ in range(UNROLL):
+                _multiply_step(emit, sums, a_rows, a_row, a_step, b_rows.take(packing=UNROLL == 1))
+            output.ask(turn, emit.at(emit.pointer(ahead), builder.mul(turn, ahead_step)))
+        if UNROLL > 1:
+            with cgutils.for_range(builder, builder.sub(count, builder.mul(turns, index(UNROLL)))):
+                _multiply_step(emit, sums, a_rows, a_row, a_step, b_rows.take(packing=True))
     totals.add_to_sums(chunks)
     for i, row in enumerate(sums):
         # a row past the end gets the last one's values: they are read, and never stored
@@ -95,6 +95,31 @@ def _gemm_tile(
             value = emit.load(emit.at(line, index(j * emit.lanes)), masks[j])
             builder.store(builder.fadd(builder.load(register), value), register)
     _store_tile(emit, sums, masks, rows, columns, c, c_row, past_caches, low, high)
+
+
+class _Kernel:
+    """The rows of b, one after the other."""
+
+    def __init__(self, emit: Vectors, b, b_step, panel) -> None:
+        self.emit, self.step, self.panel = emit, b_step, panel
+        self.next = cgutils.alloca_once_value(emit.builder, emit.pointer(b))
+        self.copy = cgutils.alloca_once_value(emit.builder, emit.pointer(panel))
+
+    def take(self, packing: bool) -> list:
+        """The vectors of the next row, copied into the panel on the way if one is wanted; only where `packing`."""
+        emit, builder = self.emit, self.emit.builder
+        line = builder.load(self.next)
+        builder.store(emit.at(line, self.step), self.next)
+        vectors = emit.load_span(line, [None] * CHOSEN.vectors)
+        if not packing:
+            return vectors
+        with builder.if_then(builder.icmp_signed("!=", self.panel, index(0)), likely=False):
+            copy = builder.load(self.copy)
+            for j, vector in enumerate(vectors):
+                emit.store(vector, emit.at(copy, index(j * emit.lanes)))
+            builder.store(emit.at(copy, index(CHOSEN.vectors * emit.lanes)), self.copy)
+            emit.prefetch_span(emit.at(line, builder.mul(self.step, index(EARLY))), CHOSEN.vectors, level=2)
+        return vectors
 
 
 class _Totals:
@@ -139,7 +164,7 @@ class _Totals:
 
 
 class _OutputLines:
-    """Asks for the tile's cache lines of c, one a k, so that they have come when they are written.
+    """Asks for the tile's cache lines of c, one a turn, so that they have come when they are written.
 
     All at once they would fill the queue of what the core waits for, and the first rows of a and b would wait behind
     them: a tenth of the time at depth 64 (Zen 4). Rows that collide in L1 (see `rows_collide`) come to L2, for in L1
@@ -158,15 +183,15 @@ class _OutputLines:
         self.to_l1 = builder.select(collide, index(0), lines)
         self.to_l2 = builder.select(collide, lines, index(0))
 
-    def ask(self, k, otherwise) -> None:
-        """For line k of the tile, and in L2 for what lies at `otherwise`, unless the line belongs there."""
+    def ask(self, turn, otherwise) -> None:
+        """For the tile's line of that number, and in L2 for what lies at `otherwise`, unless the line belongs there."""
         builder, emit = self.emit.builder, self.emit
-        row, part = (operation(k, index(self.lines_a_row)) for operation in (builder.udiv, builder.urem))
+        row, part = (operation(turn, index(self.lines_a_row)) for operation in (builder.udiv, builder.urem))
         offset = builder.add(builder.mul(row, self.c_row), builder.mul(part, index(CACHE_LINE // emit.itemsize)))
         line, nothing = emit.at(self.c, offset), builder.bitcast(self.nothing, self.c.type)
-        first = builder.select(builder.icmp_signed("<", k, self.to_l1), line, nothing)
+        first = builder.select(builder.icmp_signed("<", turn, self.to_l1), line, nothing)
         emit.prefetch(first, level=1, write=True)
-        emit.prefetch(builder.select(builder.icmp_signed("<", k, self.to_l2), line, otherwise))
+        emit.prefetch(builder.select(builder.icmp_signed("<", turn, self.to_l2), line, otherwise))
 
 
 def _for_each(emit: Vectors, tile, action) -> None:
@@ -194,6 +219,15 @@ def _opaque(builder, value):
     return builder.asm(ir.FunctionType(value.type, [value.type]), "", "=r,0", [value], False)
 
 
+def _in_order(builder, vectors: list) -> None:
+    """Loads that follow are not moved to before these vectors are computed.
+
+    Left to itself the compiler loads all that a turn needs first, into more registers than there are.
+    """
+    function = ir.FunctionType(ir.VoidType(), [vector.type for vector in vectors])
+    builder.asm(function, "", ",".join(["x"] * len(vectors) + ["~{memory}"]), vectors, True)
+
+
 def _multiply_step(emit: Vectors, sums, a_rows, a_row, a_step, b_vectors) -> None:
     """One k: a row of b, times an element of each row of a, whose pointers then go on to the next."""
     builder = emit.builder
@@ -202,6 +236,8 @@ def _multiply_step(emit: Vectors, sums, a_rows, a_row, a_step, b_vectors) -> Non
         a_value = emit.broadcast(emit.at(pointer, builder.mul(a_row, index(i % ROWS_A_POINTER))))
         for b_vector, register in zip(b_vectors, row, strict=True):
             builder.store(emit.multiply_add(a_value, b_vector, builder.load(register)), register)
+        if UNROLL > 1:
+            _in_order(builder, [builder.load(register) for register in row])
     for slot in a_rows:
         builder.store(_opaque(builder, emit.at(builder.load(slot), a_step)), slot)
 

@@ -29,7 +29,7 @@ from .gemm import (
     tile_height,
     work,
 )
-from .gemm_tile import gemm_columns, gemm_tile
+from .gemm_tile import UNROLL, gemm_columns, gemm_tile
 from .jit import entry, kernel
 from .memory import address, ceil_div, copy, fence, keep, share, view
 from .packing import pack_panel, pack_strip, strip_width
@@ -129,7 +129,7 @@ def _gradient_panel(dtype, rows, tiles, depth, columns, strips, dy, dy_row, pane
         start, start_row = (zeros, 0) if fresh else (target, dy_row)
         gemm_tile(
             dtype, tile_height(count), count, columns, rows, strips + tile * rows * strip * itemsize, 1, strip,
-            b, b_row, packed, ahead + k * itemsize, ahead_step,
+            b, b_row, packed, ahead + (k + tile % UNROLL * ahead_step) * itemsize, UNROLL * ahead_step,
             start, start_row, target, dy_row, 0, dtype(-np.inf), dtype(np.inf),
         )  # fmt: skip
         b, b_row, packed = panel, width, 0

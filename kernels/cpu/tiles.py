@@ -24,6 +24,7 @@ class Tile(NamedTuple):
     fused: bool  # the CPU has a fused multiply-add
     rows: tuple[int, ...]  # pointwise: rows of the output tile; the first is the fastest, the others serve remainders
     vectors: int  # pointwise: vectors in a row of the output tile
+    unroll: int  # pointwise: products in a turn of the inner loop
     pixels: int  # depthwise: output pixels at once
     span: int  # depthwise: channel vectors at once
     slides: tuple[int, ...]  # depthwise with 3 taps a row, one pixel apart: output pixels at once, falling to 1
@@ -33,19 +34,19 @@ class Tile(NamedTuple):
 
 TILES = (
     Tile(
-        "avx512", 64, True, (14, 12, 10, 8, 4, 2), 2, 4, 4, (8, 4, 3, 2, 1), 2,
+        "avx512", 64, True, (14, 12, 10, 8, 4, 2), 2, 1, 4, 4, (8, 4, 3, 2, 1), 2,
         "14x2 accumulators, 2 kernel vectors and a broadcast fill 31 of 32 registers; 16 loads feed 28 multiply-adds",
     ),
     Tile(
-        "avx2", 32, True, (6, 4, 2), 2, 3, 3, (8, 4, 3, 2, 1), 1,
+        "avx2", 32, True, (6, 4, 2), 2, 4, 3, 3, (8, 4, 3, 2, 1), 1,
         "6x2 accumulators, 2 kernel vectors and a broadcast fill 15 of 16 registers",
     ),
     Tile(
-        "neon", 16, True, (8, 4, 2), 3, 4, 4, (8, 4, 3, 2, 1), 2,
+        "neon", 16, True, (8, 4, 2), 3, 2, 4, 4, (8, 4, 3, 2, 1), 2,
         "8x3 accumulators, 3 kernel vectors and a broadcast fill 28 of 32 registers",
     ),
     Tile(
-        "portable", 16, False, (4, 2), 2, 2, 2, (8, 4, 3, 2, 1), 1,
+        "portable", 16, False, (4, 2), 2, 4, 2, 2, (8, 4, 3, 2, 1), 1,
         "4x2 accumulators leave some of 16 registers of 128 bits for products, where there is no fused multiply-add",
     ),
 )  # fmt: skip
@@ -108,4 +109,13 @@ def explain() -> str:
     return f"tile {CHOSEN.name} {how} for {cpu}: {CHOSEN.reason}"
 
 
+def _l2_bytes() -> int:
+    """What the operating system says of the L2 of a core; where it says nothing, 1 MiB."""
+    try:
+        return os.sysconf("SC_LEVEL2_CACHE_SIZE") or 1 << 20
+    except (AttributeError, ValueError, OSError):  # only glibc knows that name
+        return 1 << 20
+
+
 CHOSEN = _choose()
+L2_BYTES = _l2_bytes()
