@@ -54,9 +54,9 @@ def assert_errors_no_worse(ours: float, theirs: float) -> None:
     assert ours <= bound, f"off by {ours:.3g} of the largest value, the peer by {theirs:.3g}"
 
 
-def relative_error(values, exact) -> float:
-    """max|values - exact| / max|exact| over what is finite."""
+def relative_error(values, exact, scale: float | None = None) -> float:
+    """max|values - exact| / max|exact| over what is finite, or by `scale`, if one is given."""
     values, exact = np.asarray(values, np.float64), np.asarray(exact, np.float64)
     finite = np.isfinite(exact)
     error = np.abs(values[finite] - exact[finite]).max(initial=0.0)
-    return float(error / (np.abs(exact[finite]).max(initial=0.0) or 1.0))
+    return float(error / (scale or np.abs(exact[finite]).max(initial=0.0) or 1.0))

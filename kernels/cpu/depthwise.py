@@ -16,7 +16,7 @@ import math
 import numpy as np
 
 from .depthwise_line import inside, line_span
-from .depthwise_tiles import SLIDING_TAPS, correlate_row, correlate_tile
+from .depthwise_tiles import SLIDING_TAPS, correlate_rows, correlate_tile
 from .jit import entry, kernel
 from .memory import ceil_div, share, view
 from .multiplier import repeat_channels, repeated_length, single, sum_repeated
@@ -29,6 +29,7 @@ from .tiles import CHOSEN
 GRADIENT_GROUPS = 16  # partial sums of d_kernel: a constant, so that the result does not depend on the thread count
 LINES_BYTES = 32 * 1024  # what a few lines need of L1
 BAND_BYTES = 192 * 1024  # lines worked on together stay in L2
+CORRELATED_CHANNELS = 256  # what so many channels of a line are read for, tap by tap, finds them in L1
 
 
 @kernel
@@ -169,13 +170,14 @@ def input_gradient(dtype, worker, workers, g, kernel, dy, d_x):
 
 @compiled_once
 def _correlate_columns(
-    dtype, g, c, count, sliding, s, n_first, n_last, p_first, p_last, r, q_first, q_last, x, dy, out
+    dtype, g, c, count, kernel_rows, s, n_first, n_last, p_first, p_last, r, q_first, q_last, x, dy, out
 ):
     """Adds columns q_first..q_last of output lines p_first..p_last to tap (r, s) of d_kernel.
 
-    With `sliding`, to the row's taps from s = 0 on, of which the first column may lack its first, the last its last.
+    With `kernel_rows` to the taps from s = 0 on of so many rows from r on, of which the first column may lack its
+    first, the last its last.
     """
-    if q_first >= q_last or p_first >= p_last:
+    if p_first >= p_last or q_first >= q_last:
         return
     itemsize = np.empty(0, dtype).itemsize
     channels = g.channels
@@ -185,19 +187,20 @@ def _correlate_columns(
     dy_at = dy + (((n_first * g.out_height + p_first) * g.out_width + q_first) * channels + c) * itemsize
     out += ((r * g.kernel_width + s) * channels + c) * itemsize
     images, rows, columns = n_last - n_first, p_last - p_first, q_last - q_first
-    x_image, x_row, x_pixel = g.height * g.width * channels, g.stride_height * g.width * channels, g.stride_width
+    line = g.width * channels
+    x_image, x_row, x_pixel = g.height * line, g.stride_height * line, g.stride_width * channels
     dy_image, dy_row = g.out_height * g.out_width * channels, g.out_width * channels
-    if sliding:
+    if kernel_rows > 0:
         last_column = column + (columns + 1) * g.stride_width
-        correlate_row(
-            dtype, 1 if column < 0 else 0, 1 if last_column >= g.width else 0, count, images, rows, columns,
-            x_at, x_image, x_row, x_pixel * channels, dy_at, dy_image, dy_row, channels, out, channels,
+        correlate_rows(
+            dtype, 1 if column < 0 else 0, 1 if last_column >= g.width else 0, kernel_rows, count,
+            images, rows, columns, x_at, x_image, x_row, x_pixel, g.dilation_height * line,
+            dy_at, dy_image, dy_row, channels, out, g.kernel_width * channels, channels,
         )  # fmt: skip
     else:
         correlate_tile(
-            dtype, count, images, rows, columns, x_at, x_image, x_row, x_pixel * channels,
-            dy_at, dy_image, dy_row, channels, out,
-        )  # fmt: skip
+            dtype, count, images, rows, columns, x_at, x_image, x_row, x_pixel, dy_at, dy_image, dy_row, channels, out
+        )
 
 
 @kernel
@@ -207,31 +210,63 @@ def _tap_columns(g, s):
 
 
 @kernel
+def _tap_lines(g, r, p_first, p_last):
+    """Of the output lines p_first..p_last those at which row r of the kernel meets the image."""
+    first, last = inside(r * g.dilation_height - g.pad_top, g.stride_height, p_last, g.height)
+    return max(first, p_first), last
+
+
+@kernel
+def _correlate_sliding(dtype, g, c, count, n_first, n_last, p_first, p_last, q_first, q_last, x, dy, d_kernel):
+    """Adds columns whose middle tap is inside the image: all taps at once over the lines that meet every row of the
+    kernel, where it has three; then a row at a time over the rest."""
+    whole_first, whole_last = p_last, p_last
+    if g.kernel_height == SLIDING_TAPS:
+        top_first, top_last = _tap_lines(g, 0, p_first, p_last)
+        end_first, end_last = _tap_lines(g, SLIDING_TAPS - 1, p_first, p_last)
+        whole_first, whole_last = max(top_first, end_first), min(top_last, end_last)
+        if whole_first < whole_last:
+            _correlate_columns(
+                dtype, g, c, count, SLIDING_TAPS, 0, n_first, n_last, whole_first, whole_last, 0, q_first, q_last,
+                x, dy, d_kernel,
+            )  # fmt: skip
+        else:
+            whole_first, whole_last = p_last, p_last
+    for r in range(g.kernel_height):
+        p0, p1 = _tap_lines(g, r, p_first, p_last)
+        for first, last in ((p0, min(p1, whole_first)), (max(p0, whole_last), p1)):
+            if first < last:
+                _correlate_columns(
+                    dtype, g, c, count, 1, 0, n_first, n_last, first, last, r, q_first, q_last, x, dy, d_kernel
+                )
+
+
+@kernel
 def _correlate(dtype, g, n_first, n_last, p_first, p_last, x, dy, d_kernel):
     """Adds output lines p_first..p_last of images n_first..n_last to d_kernel.
 
     Where a row's taps slide, all of them at once over the columns whose middle tap is inside; then a tap at a time
     over the rest.
     """
-    step = 2 * CHOSEN.span * lanes(dtype)
     slides = g.kernel_width == SLIDING_TAPS and g.dilation_width == g.stride_width
     slide_first, slide_last = 0, 0
     if slides:
         slide_first, slide_last = _tap_columns(g, 1)
-    for c in range(0, g.channels, step):  # what a block of channels reads stays in L1 for all taps
-        count = min(step, g.channels - c)
-        for r in range(g.kernel_height):
-            p0, p1 = inside(r * g.dilation_height - g.pad_top, g.stride_height, p_last, g.height)
-            p0 = max(p0, p_first)
-            _correlate_columns(
-                dtype, g, c, count, True, 0, n_first, n_last, p0, p1, r, slide_first, slide_last, x, dy, d_kernel
+    for c in range(0, g.channels, CORRELATED_CHANNELS):
+        count = min(CORRELATED_CHANNELS, g.channels - c)
+        if slide_first < slide_last:
+            _correlate_sliding(
+                dtype, g, c, count, n_first, n_last, p_first, p_last, slide_first, slide_last, x, dy, d_kernel
             )
+        for r in range(g.kernel_height):
+            p0, p1 = _tap_lines(g, r, p_first, p_last)
             for s in range(g.kernel_width):
                 q0, q1 = _tap_columns(g, s)
                 for first, last in ((q0, min(q1, slide_first)), (max(q0, slide_last), q1)):
-                    _correlate_columns(
-                        dtype, g, c, count, False, s, n_first, n_last, p0, p1, r, first, last, x, dy, d_kernel
-                    )
+                    if first < last:
+                        _correlate_columns(
+                            dtype, g, c, count, 0, s, n_first, n_last, p0, p1, r, first, last, x, dy, d_kernel
+                        )
 
 
 @parallel_kernel

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .depthwise_tiles import PIXELS, SLIDES, SLIDING_TAPS, depthwise_tile, sliding_channels, sliding_tile
+from .depthwise_tiles import PIXELS, SLIDES, SLIDING_TAPS, depthwise_tile, sliding_tile
 from .jit import kernel
 from .memory import ceil_div
 from .pool import compiled_once
@@ -68,18 +68,15 @@ def _slide(
 ):  # fmt: skip
     """`pixels` pixels side by side, of which the first may lack its first tap, and the last its last."""
     itemsize = np.empty(0, dtype).itemsize
-    step = sliding_channels(dtype)
-    for c in range(0, count, step):
-        i = 0
-        while i < pixels:
-            at_once = sliding_pixels(pixels - i)
-            sliding_tile(
-                dtype, at_once, cut_left if i == 0 else 0, cut_right if i + at_once == pixels else 0,
-                min(step, count - c), rows, x + (i * x_pixel + c) * itemsize, x_row, x_pixel,
-                kernel + c * itemsize, kernel_row, kernel_tap, bias + c * itemsize if bias != 0 else 0,
-                y + (i * y_pixel + c) * itemsize, y_pixel, low, high,
-            )  # fmt: skip
-            i += at_once
+    i = 0
+    while i < pixels:
+        at_once = sliding_pixels(pixels - i)
+        sliding_tile(
+            dtype, at_once, cut_left if i == 0 else 0, cut_right if i + at_once == pixels else 0,
+            count, rows, x + i * x_pixel * itemsize, x_row, x_pixel, kernel, kernel_row, kernel_tap, bias,
+            y + i * y_pixel * itemsize, y_pixel, low, high,
+        )  # fmt: skip
+        i += at_once
 
 
 @kernel

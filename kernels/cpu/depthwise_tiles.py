@@ -3,7 +3,7 @@
 `depthwise_tile`  a few pixels, forward, and backward to the input
 `sliding_tile`    the same for three taps a row, a pixel apart: each input is loaded once a row, not once a tap
 `correlate_tile`  one tap of a kernel's gradient
-`correlate_row`   three taps of it, a pixel apart
+`correlate_rows`  three taps of it, a pixel apart, or the nine of three rows
 
 Addresses are integers and strides count elements, so one compiled function of each serves every shape and layout.
 `dtype` is np.float32 or np.float64. Nothing is read or written outside the tile that the arguments describe.
@@ -92,21 +92,11 @@ def _depthwise_block(
 
 
 @intrinsic
-def sliding_channels(typing_context, dtype):
-    """The most channels that `sliding_tile` takes."""
-
-    def codegen(context, builder, signature, arguments):
-        return index(CHOSEN.slide_span * vectors_of(builder, signature).lanes)
-
-    return types.intp(dtype), codegen
-
-
-@intrinsic
 def sliding_tile(
     typing_context, dtype, pixels, cut_left, cut_right, channels, rows, x, x_row, x_pixel,
     kernel, kernel_row, kernel_tap, bias, y, y_pixel, low, high,
 ):  # fmt: skip
-    """`depthwise_tile` for SLIDING_TAPS taps with x_tap == x_pixel, on at most `sliding_channels`.
+    """`depthwise_tile` for SLIDING_TAPS taps with x_tap == x_pixel.
 
     `pixels` is one of SLIDES. Where `cut_left` is not 0, the first pixel's first tap falls outside the image and is
     left out; `cut_right` tells the same of the last pixel's last tap. x is where the first tap would read.
@@ -116,14 +106,19 @@ def sliding_tile(
         pixels, cut_left, cut_right, channels, *rest = arguments[1:]
         emit = vectors_of(builder, signature)
         cuts = [builder.icmp_signed("!=", cut, index(0)) for cut in (cut_left, cut_right)]
-        whole = builder.icmp_signed("==", channels, index(CHOSEN.slide_span * emit.lanes))
-        with builder.if_else(whole) as (then, otherwise):
-            for branch, masked in ((then, False), (otherwise, True)):
-                with branch:
-                    masks = [emit.mask(channels, j * emit.lanes) if masked else None for j in range(CHOSEN.slide_span)]
-                    emit_cases(
-                        builder, pixels, SLIDES, lambda count, masks=masks: _sliding(emit, count, cuts, masks, *rest)
-                    )
+        step = index(CHOSEN.slide_span * emit.lanes)
+        blocks = builder.sdiv(channels, step)
+        left = builder.srem(channels, step)
+
+        def emit_case(count):
+            with cgutils.for_range(builder, blocks) as block:
+                first = builder.mul(block.index, step)
+                _sliding(emit, count, cuts, first, [None] * CHOSEN.slide_span, *rest)
+            with builder.if_then(builder.icmp_signed(">", left, index(0)), likely=False):
+                masks = [emit.mask(left, j * emit.lanes) for j in range(CHOSEN.slide_span)]
+                _sliding(emit, count, cuts, builder.mul(blocks, step), masks, *rest)
+
+        emit_cases(builder, pixels, SLIDES, emit_case)
         return context.get_dummy_value()
 
     signature = types.void(dtype, *[types.intp] * 14, dtype.instance_type, dtype.instance_type)
@@ -131,12 +126,16 @@ def sliding_tile(
 
 
 def _sliding(
-    emit, pixels, cuts, masks, rows, x, x_row, x_pixel, kernel, kernel_row, kernel_tap, bias, y, y_pixel, low, high
-):
-    """`pixels` pixels x `masks` channel vectors; the pixels that the next tile is the first to read come into L1."""
+    emit, pixels, cuts, first, masks, rows, x, x_row, x_pixel, kernel, kernel_row, kernel_tap, bias, y, y_pixel,
+    low, high,
+):  # fmt: skip
+    """`pixels` pixels x `masks` channel vectors from channel `first` on.
+
+    The pixels that the next tile is the first to read come into L1.
+    """
     builder, columns = emit.builder, pixels + SLIDING_TAPS - 1
-    accumulators = _accumulators(emit, "slide", pixels, index(0), masks, bias)
-    x_first, kernel_first = emit.pointer(x), emit.pointer(kernel)
+    accumulators = _accumulators(emit, "slide", pixels, first, masks, bias)
+    x_first, kernel_first = emit.at(emit.pointer(x), first), emit.at(emit.pointer(kernel), first)
     with cgutils.for_range(builder, rows) as loop:
         x_line = emit.at(x_first, builder.mul(loop.index, x_row))
         kernel_line = emit.at(kernel_first, builder.mul(loop.index, kernel_row))
@@ -147,9 +146,12 @@ def _sliding(
 
         def add_column(column, x_line=x_line, weights=weights):
             values = emit.load_span(emit.at(x_line, builder.mul(x_pixel, index(column))), masks)
+            used = []
             for tap in range(max(0, column - pixels + 1), min(SLIDING_TAPS, column + 1)):
                 for value, weight, register in zip(values, weights[tap], accumulators[column - tap], strict=True):
                     builder.store(emit.multiply_add(value, weight, builder.load(register)), register)
+                    used.append(register)
+            emit.in_order(used)
 
         for column in range(columns):
             if 0 < column < columns - 1:
@@ -160,7 +162,7 @@ def _sliding(
     last_line = emit.at(x_first, builder.mul(builder.sub(rows, index(1)), x_row))
     for column in range(columns, columns + pixels):
         emit.prefetch_span(emit.at(last_line, builder.mul(x_pixel, index(column))), len(masks))
-    _store_pixels(emit, accumulators, index(0), masks, y, y_pixel, low, high)
+    _store_pixels(emit, accumulators, first, masks, y, y_pixel, low, high)
 
 
 def _accumulators(emit: Vectors, name: str, pixels: int, first, masks: list, bias) -> list:
@@ -239,58 +241,68 @@ def _correlate_block(
 
 
 @intrinsic
-def correlate_row(
-    typing_context, dtype, cut_left, cut_right, channels, images, rows, columns, x, x_image, x_row, x_pixel,
-    y, y_image, y_row, y_pixel, out, out_tap,
+def correlate_rows(
+    typing_context, dtype, cut_left, cut_right, kernel_rows, channels, images, rows, columns,
+    x, x_image, x_row, x_pixel, x_tap_row, y, y_image, y_row, y_pixel, out, out_row, out_tap,
 ):  # fmt: skip
-    """out[s*out_tap + c] += sum over n < images, p < rows, q < columns of
-    x[n*x_image + p*x_row + (q+s)*x_pixel + c] * y[n*y_image + p*y_row + q*y_pixel + c]
+    """out[r*out_row + s*out_tap + c] += sum over n < images, p < rows, q < columns of
+    x[n*x_image + p*x_row + r*x_tap_row + (q+s)*x_pixel + c] * y[n*y_image + p*y_row + q*y_pixel + c]
 
-    for s < SLIDING_TAPS, c < channels: `correlate_tile` for the taps of a row, with each x loaded once for all. Where
-    `cut_left` is not 0, the first column's first tap is left out, where `cut_right` the last one's last.
+    for r < kernel_rows, s < SLIDING_TAPS, c < channels: `correlate_tile` for all taps, with each y loaded once for all
+    and each x once for those of its row. `kernel_rows` is 1 or SLIDING_TAPS. Where `cut_left` is not 0, the first
+    column's first tap is left out, where `cut_right` the last one's last.
     """
 
     def codegen(context, builder, signature, arguments):
-        cut_left, cut_right, channels, *rest = arguments[1:]
+        cut_left, cut_right, kernel_rows, channels, *rest = arguments[1:]
         emit = vectors_of(builder, signature)
         cuts = [builder.icmp_signed("!=", cut, index(0)) for cut in (cut_left, cut_right)]
-        _over_channels(
-            emit, channels, CHOSEN.slide_span,
-            lambda first, span, mask: _correlate_taps(emit, cuts, first, [mask] * span, *rest),
+        emit_cases(
+            builder, kernel_rows, (1, SLIDING_TAPS),
+            lambda height: _over_channels(
+                emit, channels, CHOSEN.slide_span,
+                lambda first, span, mask: _correlate_taps(emit, height, cuts, first, [mask] * span, *rest),
+            ),
         )  # fmt: skip
         return context.get_dummy_value()
 
-    return types.void(dtype, *[types.intp] * 16), codegen
+    return types.void(dtype, *[types.intp] * 19), codegen
 
 
 def _correlate_taps(
-    emit, cuts, first, masks, images, rows, columns, x, x_image, x_row, x_pixel, y, y_image, y_row, y_pixel,
-    out, out_tap,
+    emit, height, cuts, first, masks, images, rows, columns, x, x_image, x_row, x_pixel, x_tap_row,
+    y, y_image, y_row, y_pixel, out, out_row, out_tap,
 ):  # fmt: skip
-    """SLIDING_TAPS x `masks` sums in registers, over every pixel."""
+    """height x SLIDING_TAPS x `masks` sums in registers, over every pixel."""
     builder = emit.builder
-    label = f"taps{len(masks)}_{'m' if masks[0] else 'f'}"
-    sums = [[emit.register(f"{label}_{tap}_{j}") for j in range(len(masks))] for tap in range(SLIDING_TAPS)]
-    targets = [emit.at(emit.at(emit.pointer(out), first), builder.mul(out_tap, index(t))) for t in range(SLIDING_TAPS)]
-    for target, registers in zip(targets, sums, strict=True):
+    label = f"taps{height}_{len(masks)}_{'m' if masks[0] else 'f'}"
+    sums, targets = [], []
+    for r in range(height):
+        sums.append([[emit.register(f"{label}_{r}_{s}_{j}") for j in range(len(masks))] for s in range(SLIDING_TAPS)])
+        line = emit.at(emit.at(emit.pointer(out), first), builder.mul(out_row, index(r)))
+        targets.append([emit.at(line, builder.mul(out_tap, index(s))) for s in range(SLIDING_TAPS)])
+    taps = [(sums[r][s], targets[r][s]) for r in range(height) for s in range(SLIDING_TAPS)]
+    for registers, target in taps:
         for value, register in zip(emit.load_span(target, masks), registers, strict=True):
             builder.store(value, register)
     x_first, y_first = emit.at(emit.pointer(x), first), emit.at(emit.pointer(y), first)
     with cgutils.for_range(builder, images) as image, cgutils.for_range(builder, rows) as row:
         x_line = emit.at(emit.at(x_first, builder.mul(image.index, x_image)), builder.mul(row.index, x_row))
         y_line = emit.at(emit.at(y_first, builder.mul(image.index, y_image)), builder.mul(row.index, y_row))
-        _correlate_line(emit, cuts, sums, masks, columns, x_line, x_pixel, y_line, y_pixel)
-    for target, registers in zip(targets, sums, strict=True):
+        x_lines = [emit.at(x_line, builder.mul(x_tap_row, index(r))) for r in range(height)]
+        _correlate_line(emit, cuts, sums, masks, columns, x_lines, x_pixel, y_line, y_pixel)
+    for registers, target in taps:
         for j, (register, mask) in enumerate(zip(registers, masks, strict=True)):
             emit.store(builder.load(register), emit.at(target, index(j * emit.lanes)), mask)
 
 
-def _correlate_line(emit: Vectors, cuts, sums, masks: list, columns, x, x_pixel, y, y_pixel) -> None:
+def _correlate_line(emit: Vectors, cuts, sums, masks: list, columns, x_lines, x_pixel, y, y_pixel) -> None:
     """Adds a line to the sums: its cut ends, then what lies between, several pixels at once and one at a time."""
     builder = emit.builder
 
     def pixels(first, count, taps):
-        x_at, y_at = (emit.at(line, builder.mul(first, step)) for line, step in ((x, x_pixel), (y, y_pixel)))
+        x_at = [emit.at(line, builder.mul(first, x_pixel)) for line in x_lines]
+        y_at = emit.at(y, builder.mul(first, y_pixel))
         _correlate_pixels(emit, sums, count, taps, masks, x_at, x_pixel, y_at, y_pixel)
 
     left, right = cuts
@@ -310,16 +322,19 @@ def _correlate_line(emit: Vectors, cuts, sums, masks: list, columns, x, x_pixel,
             pixels(builder.add(start, builder.mul(block.index, index(count))), count, range(SLIDING_TAPS))
 
 
-def _correlate_pixels(emit: Vectors, sums, pixels: int, taps, masks: list, x, x_pixel, y, y_pixel) -> None:
+def _correlate_pixels(emit: Vectors, sums, pixels: int, taps, masks: list, x_lines, x_pixel, y, y_pixel) -> None:
     """Adds some pixels of y, times those of x that each of `taps` meets; the channels behind them come into L1."""
     builder, behind = emit.builder, index(len(masks) * emit.lanes)
-    for line, step, count in ((y, y_pixel, pixels), (x, x_pixel, pixels)):
-        for i in range(count):
+    for line, step in ((y, y_pixel), *((line, x_pixel) for line in x_lines)):
+        for i in range(pixels):
             emit.prefetch_span(emit.at(line, builder.add(builder.mul(step, index(i)), behind)), len(masks))
     ys = [emit.load_span(emit.at(y, builder.mul(y_pixel, index(i))), masks) for i in range(pixels)]
-    for column in range(min(taps), pixels + max(taps)):
-        values = emit.load_span(emit.at(x, builder.mul(x_pixel, index(column))), masks)
-        for tap in taps:
-            if 0 <= column - tap < pixels:
-                for value, other, register in zip(values, ys[column - tap], sums[tap], strict=True):
-                    builder.store(emit.multiply_add(value, other, builder.load(register)), register)
+    for line, row_sums in zip(x_lines, sums, strict=True):
+        for column in range(min(taps), pixels + max(taps)):
+            values, used = emit.load_span(emit.at(line, builder.mul(x_pixel, index(column))), masks), []
+            for tap in taps:
+                if 0 <= column - tap < pixels:
+                    for value, other, register in zip(values, ys[column - tap], row_sums[tap], strict=True):
+                        builder.store(emit.multiply_add(value, other, builder.load(register)), register)
+                        used.append(register)
+            emit.in_order(used)

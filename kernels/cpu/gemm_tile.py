@@ -219,15 +219,6 @@ def _opaque(builder, value):
     return builder.asm(ir.FunctionType(value.type, [value.type]), "", "=r,0", [value], False)
 
 
-def _in_order(builder, vectors: list) -> None:
-    """Loads that follow are not moved to before these vectors are computed.
-
-    Left to itself the compiler loads all that a turn needs first, into more registers than there are.
-    """
-    function = ir.FunctionType(ir.VoidType(), [vector.type for vector in vectors])
-    builder.asm(function, "", ",".join(["x"] * len(vectors) + ["~{memory}"]), vectors, True)
-
-
 def _multiply_step(emit: Vectors, sums, a_rows, a_row, a_step, b_vectors) -> None:
     """One k: a row of b, times an element of each row of a, whose pointers then go on to the next."""
     builder = emit.builder
@@ -237,7 +228,7 @@ def _multiply_step(emit: Vectors, sums, a_rows, a_row, a_step, b_vectors) -> Non
         for b_vector, register in zip(b_vectors, row, strict=True):
             builder.store(emit.multiply_add(a_value, b_vector, builder.load(register)), register)
         if UNROLL > 1:
-            _in_order(builder, [builder.load(register) for register in row])
+            emit.in_order(row)
     for slot in a_rows:
         builder.store(_opaque(builder, emit.at(builder.load(slot), a_step)), slot)
 

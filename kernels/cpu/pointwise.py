@@ -35,8 +35,10 @@ from .memory import address, ceil_div, copy, fence, keep, share, view
 from .packing import pack_panel, pack_strip, strip_width
 from .pool import compiled_once, parallel_kernel
 from .scratch import give, require, take_in_share, try_take
+from .tiles import CHOSEN
 
-GRADIENT_BLOCK_ROWS = 192  # rows summed in registers before d_kernel is touched again: L1 holds their panel and strip
+GRADIENT_PANEL_BYTES = 24 * 1024  # L1 holds a panel of dy and a strip of x
+GRADIENT_BLOCK_ROWS = GRADIENT_PANEL_BYTES // (CHOSEN.vectors * CHOSEN.vector_bytes)  # before d_kernel is touched
 BIAS_GROUPS = 16  # partial sums of d_bias: a constant, so that the result does not depend on the thread count
 
 

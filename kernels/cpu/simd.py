@@ -6,6 +6,7 @@ say instead which registers they want: they are written with `Vectors`, inside `
 
 from __future__ import annotations
 
+import llvmlite.binding as llvm
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
@@ -16,8 +17,8 @@ CACHE_LINE = 64
 L1_PERIOD = 4096  # bytes: addresses so far apart share one set of L1, whose sets are counted within a page
 
 INDEX = ir.IntType(64)
-_BIT = ir.IntType(1)
 _LANE = ir.IntType(32)
+_ANY_VECTOR_REGISTER = {"x86_64": "v", "aarch64": "w", "arm64": "w"}  # as constraints of inline assembly name it
 
 
 def index(value: int) -> ir.Constant:
@@ -118,6 +119,18 @@ class Vectors:
         if not self._fused:
             return self.builder.fadd(self.builder.fmul(a, b), c)
         return self.builder.call(self._declare("llvm.fma", self.type, [self.type] * 3), [a, b, c])
+
+    def in_order(self, registers: list) -> None:
+        """Keeps loads that follow behind the computation of what the registers hold.
+
+        Left to itself the compiler may load all that a long stretch of code needs first, into more registers than
+        there are.
+        """
+        kind = _ANY_VECTOR_REGISTER.get(llvm.get_default_triple().split("-")[0])
+        if kind is not None:  # an empty piece of assembly that needs them
+            vectors = [self.builder.load(register) for register in registers]
+            function = ir.FunctionType(ir.VoidType(), [self.type] * len(vectors))
+            self.builder.asm(function, "", ",".join([kind] * len(vectors) + ["~{memory}"]), vectors, True)
 
     def bounded(self, low, high):
         """Whether clamping between the scalars `low` and `high` changes anything."""

@@ -38,11 +38,11 @@ TILES = (
         "14x2 accumulators, 2 kernel vectors and a broadcast fill 31 of 32 registers; 16 loads feed 28 multiply-adds",
     ),
     Tile(
-        "avx2", 32, True, (6, 4, 2), 2, 4, 3, 3, (8, 4, 3, 2, 1), 1,
+        "avx2", 32, True, (6, 4, 2), 2, 4, 4, 2, (8, 4, 3, 2, 1), 1,
         "6x2 accumulators, 2 kernel vectors and a broadcast fill 15 of 16 registers",
     ),
     Tile(
-        "neon", 16, True, (8, 4, 2), 3, 2, 4, 4, (8, 4, 3, 2, 1), 2,
+        "neon", 16, True, (8, 4, 2), 3, 1, 4, 4, (8, 4, 3, 2, 1), 2,
         "8x3 accumulators, 3 kernel vectors and a broadcast fill 28 of 32 registers",
     ),
     Tile(

@@ -60,6 +60,9 @@ def _depthwise_paths(dtype, g: Geometry) -> set[str]:
     found = _sliding_paths(g) if slides else _tile_paths(g)
     together = slides and depthwise._tap_columns(g, 1)[0] < depthwise._tap_columns(g, 1)[1]
     found.add(f"depthwise gradient: {'taps together' if together else 'a tap at a time'}")
+    (top, _), (_, end) = (depthwise._tap_lines(g, row, 0, g.out_height) for row in (0, g.kernel_height - 1))
+    if together and g.kernel_height == depthwise_tiles.SLIDING_TAPS and top < end:
+        found.add("depthwise gradient: rows together")
     block, lanes = depthwise.channel_block(dtype, g.width * g.kernel_height), _lanes(dtype)
     found |= {"depthwise: several channel blocks"} if g.channels > block else set()
     span = (TILE.slide_span if slides else TILE.span) * lanes
@@ -140,6 +143,7 @@ def _forward_paths(
     found |= {f"product: {gemm.tile_height(left_over)} rows left over"} if left_over else set()
     found |= {"product: last tile copied"} if gemm.tile_height(left_over) > left_over > 0 else set()
     found |= {"product: columns left over"} if filters % width else set()
+    found |= {"product: products left over"} if depth % gemm_tile.UNROLL else set()
     found |= {"product: two sums"} if depth > gemm_tile.SUMMED_AT_ONCE else set()
     found |= {"product: three sums"} if depth > 2 * gemm_tile.SUMMED_AT_ONCE else set()
     found |= {"product: past the caches"} if gemm.past_caches(dtype, rows, filters, 0) else set()
@@ -163,6 +167,7 @@ def every_path() -> set[str]:
         {f"product: {height} rows left over" for height in heights}
         | {f"depthwise sliding: {pixels} pixels" for pixels in TILE.slides}
         | parallel
+        | ({"product: products left over"} if gemm_tile.UNROLL > 1 else set())
         | {
             "serial",
             "empty batch",
@@ -184,6 +189,7 @@ def every_path() -> set[str]:
             "depthwise sliding: vectors left over",
             "depthwise gradient: taps together",
             "depthwise gradient: a tap at a time",
+            "depthwise gradient: rows together",
             "depthwise gradient: whole images",
             "depthwise gradient: part of an image",
             "product: panels packed in passing",

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import hypothesis
+import numpy as np
 import pytest
 
 from fastsepconv.kernels.cpu import tiles
@@ -54,11 +55,23 @@ def hold(case: Case, seen: Seen) -> None:
         for name, tensor in expected.items():
             error = relative_error(peers[name], tensor)
             assert error <= PEER[case.dtype], f"{name}: the reference is not what Keras computes: {error:.3g}"
-        errors = [max(relative_error(side[name], expected[name]) for name in expected) for side in (results, peers)]
+        errors = [
+            max(relative_error(side[name], expected[name], scale_of(name, d_before)) for name in expected)
+            for side in (results, peers)
+        ]
         if case.dtype == "float32":
             seen.errors.append(tuple(errors))
             assert_errors_no_worse(*errors)
     seen.cases.append(case)
+
+
+def scale_of(name: str, d_before: np.ndarray) -> float | None:
+    """What the errors of a tensor are held against, if it is not its own largest value.
+
+    The gradient of a bias is a plain sum of as many terms as there are pixels: where it comes out near zero, the
+    rounding of its terms decides, and of one number that is luck.
+    """
+    return np.abs(d_before).sum(axis=(0, 1, 2)).max() if name == "bias" else None
 
 
 @pytest.mark.parametrize(("values", "by_stock"), [(VALUES, False), (STOCK_VALUES, True)], ids=["all", "stock"])
