@@ -1,6 +1,7 @@
 """What a run says: lines for the terminal, and the tables for the README. Losses are shown wherever wins are.
 
-`python -m fastsepconv.bench.report RUN.json... [--readme README.md] [--details DETAILS.md] [--figures FOLDER]`
+`python -m fastsepconv.bench.report RUN.json... [--readme README.md [--marker bench]] [--details DETAILS.md]
+[--figures FOLDER]`
 """
 
 from __future__ import annotations
@@ -217,13 +218,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m fastsepconv.bench.report", description="The report of saved runs.")
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN.json", help="from `fastsepconv bench --save`")
     parser.add_argument("--readme", type=Path, help=f"replace what stands between {BEGIN} and {END} in this file")
+    parser.add_argument("--marker", default="bench", help="another word than bench in these two: one for each machine")
     parser.add_argument("--details", type=Path, help="write every problem's table to this file")
     parser.add_argument("--figures", type=Path, help="write one picture a suite into this folder")
     args = parser.parse_args(arguments)
     try:
         run = results.merge([results.load(path) for path in args.runs])
         if args.readme:
-            args.readme.write_text(put_between_markers(args.readme.read_text(), markdown(run)))
+            markers = (f"<!-- {args.marker}:{end} -->" for end in ("begin", "end"))
+            args.readme.write_text(put_between_markers(args.readme.read_text(), markdown(run), *markers))
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 3
