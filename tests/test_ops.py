@@ -81,9 +81,10 @@ def test_outputs_and_gradients_are_keras(rng, backend, case, operation, dtype):
     check(operation, arrays, options, rng, backend)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("operation", ["separable", "depthwise"])
-def test_unequal_strides_are_keras(rng, backend, operation):  # in float64 TensorFlow refuses them
-    arrays, options = make(rng, UNEQUAL_STRIDES["unequal strides"], operation, "float32")
+def test_unequal_strides_are_keras(rng, backend, operation, dtype):
+    arrays, options = make(rng, UNEQUAL_STRIDES["unequal strides"], operation, dtype)
     check(operation, arrays, options, rng, backend)
 
 
