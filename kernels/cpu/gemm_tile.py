@@ -40,7 +40,7 @@ def gemm_tile(
     for i < rows, j < columns. `tile_rows` is one of GEMM_ROWS, at least `rows`; `columns` is at most `vectors*lanes`.
     All `tile_rows` rows of a and all `vectors*lanes` columns of b are read, whatever `rows` and `columns` are.
     Meanwhile b is copied into the packed `panel`, if that is not 0, and one cache line every UNROLL k is asked for in
-    L2: that which holds `ahead + k//UNROLL*ahead_step`.
+    L2: that which holds `ahead + k//UNROLL*ahead_step`. Where UNROLL > 1, a tile that packs b asks for nothing.
 
     Assumes: depth >= 0; a's rows and b's columns readable to the tile's full size; c's rows at multiples of a vector
     if `past_caches` is not 0.
