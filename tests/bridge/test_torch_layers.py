@@ -139,7 +139,8 @@ def small_model(separable=FastSeparableConv2D, depthwise=FastDepthwiseConv2D, **
         [
             keras.Input((9, 9, 3)),
             separable(4, 3, activation="relu", pointwise_constraint="max_norm", **options),
-            depthwise(3, depth_multiplier=2, strides=2),
+            # Normalisation takes a bias away: its gradient is rounding alone, which Adam makes whole steps of.
+            depthwise(3, depth_multiplier=2, strides=2, use_bias=False),
             keras.layers.BatchNormalization(),
             separable(2, 3, padding="same", depth_multiplier=2),
             keras.layers.GlobalAveragePooling2D(),
@@ -163,8 +164,8 @@ def test_trains_as_the_stock_model_does_and_says_nothing():
             history = model.fit(*DATA, batch_size=5, epochs=3, shuffle=False, verbose=0)
         losses.append([*history.history["loss"], model.evaluate(*DATA, verbose=0)])
         predictions.append(model.predict(DATA[0], verbose=0))
-    np.testing.assert_allclose(*losses, rtol=1e-4)
-    np.testing.assert_allclose(*predictions, atol=1e-4)
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+    np.testing.assert_allclose(*predictions, atol=1e-5)
 
 
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
