@@ -17,6 +17,7 @@ TO_FAST: Classes = {
     keras.layers.DepthwiseConv2D: FastDepthwiseConv2D,
 }
 TO_STOCK: Classes = {fast: stock for stock, fast in TO_FAST.items()}
+OR_IN_PLACE = ", or pass in_place=True"
 
 
 def convert(model: keras.Model, *, in_place: bool = False) -> keras.Model:
@@ -40,7 +41,7 @@ def convert(model: keras.Model, *, in_place: bool = False) -> keras.Model:
         TypeError: `model` is not a `keras.Model`.
         ValueError: `model` cannot be copied.
     """
-    model = model if in_place else copy_model(model)
+    model = model if in_place else copy_model(model, otherwise=OR_IN_PLACE)
     if not any(type(layer) in (*TO_FAST, *TO_STOCK) for layer in layers_of(model)):
         warnings.warn(
             f"Model {model.name!r} holds neither a SeparableConv2D nor a DepthwiseConv2D: convert changed nothing.",
@@ -65,7 +66,7 @@ def revert(model: keras.Model, *, in_place: bool = False) -> keras.Model:
             "Invalid value for argument `model`. Expected separable layers in the order of Keras's, depthwise first. "
             f'Received: order="pointwise_depthwise" in {", ".join(foreign)}'
         )
-    model = model if in_place else copy_model(model)
+    model = model if in_place else copy_model(model, otherwise=OR_IN_PLACE)
     exchange(layers_of(model), TO_STOCK)
     return _recompiled(model)
 

@@ -19,8 +19,10 @@ def layers_of(model: keras.Model) -> list[keras.Layer]:
     return list({id(layer): layer for layer in model._flatten_layers(include_self=True, recursive=True)}.values())
 
 
-def copy_model(model: keras.Model) -> keras.Model:
+def copy_model(model: keras.Model, *, otherwise: str = "") -> keras.Model:
     """`model` once more: layers, sharing, weights, trainable flags, seeds, compilation and the optimizer's state.
+
+    `otherwise` is what a caller whose model cannot be copied may do instead, for the message.
 
     Raises:
         ValueError: a part of it cannot be made again from its configuration.
@@ -34,8 +36,8 @@ def copy_model(model: keras.Model) -> keras.Model:
     except Exception as error:
         raise ValueError(
             "Invalid value for argument `model`. Expected a model that its configuration describes, so that it can be "
-            "copied; register the objects that Keras does not know (keras.saving.register_keras_serializable), or pass "
-            f"in_place=True. Received: model={model!r}, which gave {type(error).__name__}: {error}"
+            "copied; register the objects that Keras does not know (keras.saving.register_keras_serializable)"
+            f"{otherwise}. Received: model={model!r}, which gave {type(error).__name__}: {error}"
         ) from error
 
 

@@ -235,10 +235,9 @@ def _correlate_sliding(dtype, g, c, count, n_first, n_last, p_first, p_last, q_f
     for r in range(g.kernel_height):
         p0, p1 = _tap_lines(g, r, p_first, p_last)
         for first, last in ((p0, min(p1, whole_first)), (max(p0, whole_last), p1)):
-            if first < last:
-                _correlate_columns(
-                    dtype, g, c, count, 1, 0, n_first, n_last, first, last, r, q_first, q_last, x, dy, d_kernel
-                )
+            _correlate_columns(
+                dtype, g, c, count, 1, 0, n_first, n_last, first, last, r, q_first, q_last, x, dy, d_kernel
+            )
 
 
 @kernel
@@ -263,10 +262,9 @@ def _correlate(dtype, g, n_first, n_last, p_first, p_last, x, dy, d_kernel):
             for s in range(g.kernel_width):
                 q0, q1 = _tap_columns(g, s)
                 for first, last in ((q0, min(q1, slide_first)), (max(q0, slide_last), q1)):
-                    if first < last:
-                        _correlate_columns(
-                            dtype, g, c, count, 0, s, n_first, n_last, p0, p1, r, first, last, x, dy, d_kernel
-                        )
+                    _correlate_columns(
+                        dtype, g, c, count, 0, s, n_first, n_last, p0, p1, r, first, last, x, dy, d_kernel
+                    )
 
 
 @parallel_kernel

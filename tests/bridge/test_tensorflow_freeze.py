@@ -85,11 +85,23 @@ def test_several_inputs_and_outputs(structure, rng):
         np.testing.assert_allclose(frozen[name], value, rtol=1e-5, atol=1e-5)
 
 
+class WithoutConfiguration(keras.layers.Layer):
+    def call(self, inputs):
+        return inputs
+
+    def get_config(self):
+        raise NotImplementedError("no configuration")
+
+
 def test_bad_models():
     with pytest.raises(TypeError, match=r"`model`\. Expected a Keras model"):
         fastsepconv.freeze(lambda x: x)
     with pytest.raises(ValueError, match=r"`model`\. Expected a model that knows its inputs"):
         fastsepconv.freeze(keras.Sequential([FastSeparableConv2D(3, 3)]))
+    model = small()
+    model.add(WithoutConfiguration())
+    with pytest.raises(ValueError, match=r"`model`.*register_keras_serializable\)\. Received: .*no configuration"):
+        fastsepconv.freeze(model)
     frozen = fastsepconv.freeze(small())
     with pytest.raises(ValueError, match=r"`inputs`\. Expected 1 of them"):
         frozen(np.zeros((1, 9, 8, 6)), np.zeros((1, 9, 8, 6)))

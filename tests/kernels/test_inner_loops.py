@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -15,6 +14,8 @@ import pytest
 from fastsepconv.kernels.cpu import gemm_tile
 from fastsepconv.kernels.cpu.tiles import TILES
 
+from ..targets import environment_of
+
 FUNCTIONS = (
     "gemm._multiply_panel",
     "pointwise._gradient_panel",
@@ -22,13 +23,6 @@ FUNCTIONS = (
     "depthwise_line._tiles",
     "depthwise._correlate_columns",
 )
-TARGETS = {
-    "avx512": {
-        "NUMBA_CPU_NAME": "skylake-avx512",
-        "NUMBA_CPU_FEATURES": "+avx,+avx2,+fma,+avx512f,+avx512vl,+avx512bw,+avx512dq,+avx512cd",
-    },
-    "avx2": {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx,+avx2,+fma"},
-}
 REGISTERS = {"avx512": "zmm", "avx2": "ymm"}
 # A core that starts five or six instructions a cycle starts two fused multiply-adds of 256 bits, one of 512 on Zen 4.
 INSTRUCTIONS_A_PRODUCT = {"avx512": 4.0, "avx2": 2.5}
@@ -38,15 +32,14 @@ pytestmark = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), r
 
 @functools.cache
 def loops_of(target: str) -> dict[str, list[dict]]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("FASTSEPCONV_TILE", "NUMBA_CPU"))}
     command = [sys.executable, "-m", "tests.kernels.inner_loops", *FUNCTIONS]
     root = Path(__file__).parents[2]
-    process = subprocess.run(command, cwd=root, env=kept | TARGETS[target], capture_output=True, text=True)
+    process = subprocess.run(command, cwd=root, env=environment_of(target), capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     return json.loads(process.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", REGISTERS)
 @pytest.mark.parametrize("function", ["gemm._multiply_panel", "pointwise._gradient_panel"])
 def test_the_product_runs_at_the_speed_of_its_arithmetic(target, function):
     tile = next(tile for tile in TILES if tile.name == target)
@@ -56,7 +49,7 @@ def test_the_product_runs_at_the_speed_of_its_arithmetic(target, function):
     assert max(loop["instructions"] for loop in whole) <= INSTRUCTIONS_A_PRODUCT[target] * turn
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", REGISTERS)
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_nothing_is_spilled(target, function):
     loops = loops_of(target)[function]
@@ -65,7 +58,7 @@ def test_nothing_is_spilled(target, function):
     assert not spilled, "vectors of an inner loop lie in memory"
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", REGISTERS)
 def test_a_loop_holds_every_height_of_the_tile(target):
     tile = next(tile for tile in TILES if tile.name == target)
     turns = {rows * tile.vectors * tile.unroll for rows in tile.rows}

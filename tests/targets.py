@@ -1,0 +1,20 @@
+"""Environments in which a process compiles for another x86 CPU, or takes another tile, than this machine's."""
+
+from __future__ import annotations
+
+import os
+
+TARGETS = {
+    "avx512": {
+        "NUMBA_CPU_NAME": "skylake-avx512",
+        "NUMBA_CPU_FEATURES": "+avx,+avx2,+fma,+avx512f,+avx512vl,+avx512bw,+avx512dq,+avx512cd",
+    },
+    "avx2": {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx,+avx2,+fma"},  # a name alone keeps AVX-512
+    "portable": {"FASTSEPCONV_TILE": "portable"},
+}
+
+
+def environment_of(target: str) -> dict[str, str]:
+    """This process's environment, but for a target's choice of tile in the place of any other."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("FASTSEPCONV_TILE", "NUMBA_CPU"))}
+    return kept | TARGETS[target]
