@@ -22,7 +22,7 @@ import ctypes
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import llvmlite.binding
 import numpy as np
@@ -49,6 +49,9 @@ from .tensorflow_capi import (
     new_status,
 )
 from .tensorflow_kernels import fail
+
+if TYPE_CHECKING:
+    from ..kernels.cuda import driver
 
 _UINT8 = 4  # TF_UINT8
 _NAMES = tuple(registration.DEFINITIONS)
@@ -181,14 +184,21 @@ class _Run:
         self._stream = driver.own_stream(self._card_of(addresses[0])) if addresses else None
         self.inputs = [self._array(*each) for each in inputs]
         self._temporaries: list[int] = []
-        self._lent = memory.room_from(self._room)
+        self._held = contextlib.ExitStack()
+        self._room_from = memory.room_from
 
     def __enter__(self) -> _Run:
-        self._lent.__enter__()
+        if self._stream:
+            self._held.enter_context(self._driver.turned_to(self._stream.device))
+        self._held.callback(self._finish)
+        self._held.enter_context(self._room_from(self._room))
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._lent.__exit__(None, None, None)
+        """Wait, give the memory back, and leave the thread with the card that it had."""
+        self._held.__exit__(*error)
+
+    def _finish(self) -> None:
         try:
             if self._stream:
                 self._driver.synchronize(self._stream, "Computing on the card")
@@ -233,11 +243,13 @@ class _Run:
         card, handle = (self._stream.device.ordinal, self._stream.handle) if self._stream else (0, 0)
         return DeviceArray(address or 0, shape, contiguous_strides(shape), self._dtype, card, handle, True, None)
 
-    def _card_of(self, address: int) -> int:
-        card = 0 if self._driver.SIMULATED else self._driver.device_of(address)
+    def _card_of(self, address: int) -> driver.Device:
+        if self._driver.SIMULATED:
+            return self._driver.SIMULATOR
+        card = self._driver.device_of(address)
         if card is None:
             raise checks.invalid("x", "tensors in the memory of a card", hex(address), " at the computer's own address")
-        return card
+        return self._driver.device(card)
 
 
 def _sizes(shape: Sequence[int]) -> ctypes.Array:

@@ -6,8 +6,8 @@ is capturing into a CUDA graph, stays in its order; in the backward pass autogra
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
@@ -25,6 +25,32 @@ def current(device: torch.device) -> AbstractContextManager:
 def current_stream(device: torch.device) -> int:
     """The driver's handle of the stream that PyTorch uses on `device` now."""
     return torch.cuda.current_stream(device).cuda_stream or DEFAULT_STREAM
+
+
+@contextmanager
+def lent_room(device: torch.device) -> Iterator[None]:
+    """Within it, on PyTorch's current stream, what the kernels need for themselves is PyTorch's memory too.
+
+    So it lies in the pools of PyTorch's allocator: a call waits for no memory of the driver's, and a CUDA graph that is
+    being captured has it in its private pool, where it stays for the replays.
+    """
+    from ..kernels.cuda import memory
+
+    held: list[torch.Tensor] = []
+
+    def room(size: int) -> int:
+        held.append(new_bytes(size, device))
+        return held[-1].data_ptr()
+
+    # PyTorch's memory belongs to the stream that was current when it was given, and these calls launch on that one. What
+    # used it before was put there earlier. When `held` is let go of, before the kernels have run, only what is put
+    # there later can be given it; PyTorch keeps it from other streams, as no `record_stream` has named one.
+    with memory.room_from(room):
+        yield
+
+
+def new_bytes(size: int, device: torch.device) -> torch.Tensor:
+    return torch.empty(size, dtype=torch.uint8, device=device)
 
 
 def described(tensors: Sequence[torch.Tensor | None]) -> list[DeviceArray | None]:
