@@ -1,10 +1,10 @@
 """The CUDA kernels raced against cuDNN, cuBLAS and torch.compile, and whole networks, on the card that is here.
 
-`python -m fastsepconv.bench.cuda [--quick] [--seconds S] [--only TEXT] [--tier plain] [--save FILE]`
+`python -m fastsepconv.bench.cuda [--quick] [--seconds S] [--only TEXT] [--tier plain] [--folder DIR]`
 
 Before its times count, each provider's results are held against float64; whoever computes something else is not timed.
 Times are those of CUDA graphs' replays, networks' those of calls, by events, providers in turns. The run is saved as
-JSON under bench/results/.
+JSON.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
         chosen = [problem for problem in chosen if problem.op != "network"]
     seconds = args.seconds or (QUICK_SECONDS if args.quick else SECONDS)
     each = QUICK_SECONDS_A_PROBLEM if args.quick else SECONDS_A_PROBLEM
-    file = args.save or RESULTS / f"cuda-{_slug(run['card'])}.json"
+    file = args.folder / f"cuda-{_slug(run['card'])}.json"
 
     def tell(record: dict) -> None:
         _say(cuda_report.problem_line(record, run["ceilings"]))
@@ -224,7 +224,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, help="no problem is begun after this many seconds")
     parser.add_argument("--only", default="", metavar="TEXT", help="problems whose names contain TEXT")
     parser.add_argument("--tier", choices=("plain", "fast"), help="default: what FASTSEPCONV_CUDA_TIER says")
-    parser.add_argument("--save", type=Path, metavar="FILE", help="default: bench/results/cuda-CARD.json")
+    parser.add_argument(
+        "--folder", type=Path, metavar="DIR", default=RESULTS, help="for cuda-CARD.json (bench/results)"
+    )
     return parser
 
 

@@ -42,14 +42,15 @@ def lent_room(device: torch.device) -> Iterator[None]:
         held.append(new_bytes(size, device))
         return held[-1].data_ptr()
 
-    # PyTorch's memory belongs to the stream that was current when it was given, and these calls launch on that one. What
-    # used it before was put there earlier. When `held` is let go of, before the kernels have run, only what is put
-    # there later can be given it; PyTorch keeps it from other streams, as no `record_stream` has named one.
+    # PyTorch's memory is that of the stream which was current when it was given, here the one that the kernels are
+    # launched on: what used it before was put there earlier, and once `held` lets go of it, which is before the kernels
+    # have run, PyTorch gives it only to what is put there later.
     with memory.room_from(room):
         yield
 
 
 def new_bytes(size: int, device: torch.device) -> torch.Tensor:
+    """Memory that nothing is written to."""
     return torch.empty(size, dtype=torch.uint8, device=device)
 
 

@@ -91,9 +91,7 @@ def device(ordinal: int) -> Device:
     major, minor = (call(f"Asking card {ordinal} its age", api.cuDeviceGetAttribute, part, handle) for part in parts)
     if (major, minor) < LEAST_CAPABILITY:
         needed = ".".join(map(str, LEAST_CAPABILITY))
-        raise TooOld(
-            f"Card {ordinal}, {name}, has compute capability {major}.{minor}: {needed} or newer is needed."
-        )
+        raise TooOld(f"Card {ordinal}, {name}, has compute capability {major}.{minor}: {needed} or newer is needed.")
     limit = attributes.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
     shared = call(f"Asking card {ordinal} its shared memory", api.cuDeviceGetAttribute, limit, handle)
     context = call(f"Starting card {ordinal}", api.cuDevicePrimaryCtxRetain, handle)
