@@ -60,11 +60,14 @@ def main(arguments: list[str] | None = None) -> int:
         _say(cuda_report.problem_line(record, run["ceilings"]))
         file.write_text(json.dumps(run, indent=1) + "\n")  # each time: a run that is cut off tells what it knows
 
-    race_all(run, chosen, seconds, lambda problem: race_one(problem, each), tell)
+    try:
+        race_all(run, chosen, seconds, lambda problem: race_one(problem, each), tell)
+    except KeyboardInterrupt:
+        _say("Interrupted.")  # and what is known is told
+        run["interrupted"] = True
     file.write_text(json.dumps(run, indent=1) + "\n")
     _say(f"\n{cuda_report.markdown(run)}\nSaved as {file}")
-    statuses = {entry["status"] for record in run["problems"] for entry in record["providers"].values()}
-    return CHECK_FAILED if "wrong" in statuses or any(_ours_failed(record) for record in run["problems"]) else OK
+    return OK if _all_is_right(run) else CHECK_FAILED
 
 
 def obstacle() -> str | None:
@@ -110,17 +113,18 @@ def race_all(
     one: Callable[[Any], dict],
     tell: Callable[[dict], None],
 ) -> None:
-    """Race the problems into the run one by one. When the time is over, or nobody can compute any more because a kernel
-    has left the card with an error, the others are noted as left out.
+    """Race the problems into the run one by one, until the time is over, or nobody can compute any more because a
+    kernel has left the card with an error. Which are left out so far is noted at each moment.
     """
     end, lost = time.monotonic() + seconds, False
+    run["left_out"] += [problem.name for problem in chosen]
     for problem in chosen:
         if lost or time.monotonic() > end:
-            run["left_out"].append(problem.name)
-            continue
+            break
         record = {**asdict(problem), "name": problem.name, "group": problem.group}
         record |= {"flops": problem.flops, "least_bytes": problem.least_bytes, "providers": one(problem)}
         run["problems"].append(record)
+        run["left_out"].remove(problem.name)
         failed = all(entry["status"] == "failed" for entry in record["providers"].values())
         lost = failed and problem.op != "network"  # that may lack memory; if it is the card, the next one shows it
         tell(record)
@@ -197,8 +201,11 @@ def _error(result, exact) -> float:
     return float((result.double() - exact).abs().max() / exact.abs().max().clamp(min=1e-30))
 
 
-def _ours_failed(record: dict) -> bool:
-    return record["providers"][cuda_report.OURS]["status"] != "timed"
+def _all_is_right(run: dict) -> bool:
+    """Whether nobody computed anything wrong, ours was timed each time, and the race came to its end."""
+    wrong = any(entry["status"] == "wrong" for record in run["problems"] for entry in record["providers"].values())
+    failed = any(record["providers"][cuda_report.OURS]["status"] != "timed" for record in run["problems"])
+    return not (wrong or failed or run.get("interrupted"))
 
 
 def _version(name: str) -> str:
@@ -220,7 +227,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "python -m fastsepconv.bench.cuda", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="batch 32 and fewer shapes, within 3 minutes")
+    parser.add_argument("--quick", action="store_true", help="fewer shapes, nearly all of batch 32, within 3 minutes")
     parser.add_argument("--seconds", type=float, help="no problem is begun after this many seconds")
     parser.add_argument("--only", default="", metavar="TEXT", help="problems whose names contain TEXT")
     parser.add_argument("--tier", choices=("plain", "fast"), help="default: what FASTSEPCONV_CUDA_TIER says")

@@ -27,7 +27,7 @@ PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x
 
 
 def download(packages: Sequence[str], version: str, folder: Path = FOLDER) -> int:
-    """Put the packages' wheels for that version of Python into the folder, in others' place; returns pip's exit code."""
+    """Put the packages' wheels for that version of Python into the folder, in others' place; pip's exit code."""
     with tempfile.TemporaryDirectory() as new:
         platforms = [word for name in PLATFORMS for word in ("--platform", name)]
         for_python = ["--implementation", "cp", "--python-version", version, *platforms]
