@@ -1,9 +1,9 @@
 """The ops on a card: kernels of TensorFlow's device "GPU", which work on its tensors where they are.
 
-Never run on a card. The other way, DLPack in a `tf.py_function`, was not taken: TensorFlow keeps the last inputs and
-outputs of each such function for a gradient that is not its own, a graph that holds one cannot be saved, and who places
-it is Python. A registered kernel is an op like any other: placed by TensorFlow, on each card of a strategy, in
-SavedModels, with the shapes and the gradients that the op has on the CPU.
+Whether they have run on one, the README tells. The other way, DLPack in a `tf.py_function`, was not taken: TensorFlow
+keeps the last inputs and outputs of each such function for a gradient that is not its own, a graph that holds one
+cannot be saved, and who places it is Python. A registered kernel is an op like any other: placed by TensorFlow, on each
+card of a strategy, in SavedModels, with the shapes and the gradients that the op has on the CPU.
 
 TensorFlow keeps its streams to itself, and hands memory out while work that it has put into them may still use it. So
 the kernels here run on the thread's own stream, and wait: for all work on the card once TensorFlow has given memory,
@@ -22,6 +22,7 @@ import ctypes
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import llvmlite.binding
@@ -194,9 +195,11 @@ class _Run:
         self._held.enter_context(self._room_from(self._room))
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """Wait, give the memory back, and leave the thread with the card that it had."""
-        self._held.__exit__(*error)
+        self._held.__exit__(kind, error, trace)
 
     def _finish(self) -> None:
         try:

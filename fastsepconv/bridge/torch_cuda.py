@@ -2,6 +2,7 @@
 
 Nothing is copied and nothing waited for. The stream is read at each call, so that work which the caller put on one, or
 is capturing into a CUDA graph, stays in its order; in the backward pass autograd sets it to that of the forward pass.
+Whether this way has been gone on a card, the README tells.
 """
 
 from __future__ import annotations

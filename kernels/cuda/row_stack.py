@@ -21,11 +21,11 @@ def load_arrays() -> None:
     # Sought in the dictionary: NumPy's __getattr__ would warn of a name that is about to go.
     if config.ENABLE_CUDASIM or "row_stack" in vars(np):
         return
-    np.row_stack = _row_stack  # type: ignore[attr-defined]
+    vars(np)["row_stack"] = _row_stack
     try:
         import_module("numba.cuda.np.arrayobj")
     finally:
-        del np.row_stack  # type: ignore[attr-defined]
+        del vars(np)["row_stack"]
 
 
 def _row_stack(arrays):

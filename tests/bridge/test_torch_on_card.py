@@ -18,6 +18,7 @@ from .windows import window_of
 __all__ = ["healthy", "poisoned"]
 
 pytestmark = pytest.mark.cuda
+WAY_TO_A_CARD = "Keras on torch"
 DEMO_SECONDS = 240
 MISTAKEN = 0.02  # what the demo allows
 

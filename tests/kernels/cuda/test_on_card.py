@@ -20,6 +20,7 @@ import fastsepconv
 from tests.tolerances import RELATIVE, assert_close, relative_error
 
 pytestmark = pytest.mark.cuda
+WAY_TO_A_CARD = "array API"
 ROOT = Path(__file__).parents[3]
 CHECKS = "tests/kernels/cuda/simulated"
 RESULTS = "tests/kernels/cuda/test_on_card_results.py"
