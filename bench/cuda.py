@@ -54,6 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
         chosen = [problem for problem in chosen if problem.op != "network"]
     seconds = args.seconds or (QUICK_SECONDS if args.quick else SECONDS)
     each = QUICK_SECONDS_A_PROBLEM if args.quick else SECONDS_A_PROBLEM
+    args.folder.mkdir(parents=True, exist_ok=True)
     file = args.folder / f"cuda-{_slug(run['card'])}.json"
 
     def tell(record: dict) -> None:

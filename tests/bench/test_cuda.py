@@ -177,11 +177,11 @@ def test_an_interrupted_race_tells_what_it_knows(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(cuda, "obstacle", lambda: None)
     monkeypatch.setattr(cuda, "begin", lambda: begun)
     monkeypatch.setattr(cuda, "race_one", one)
-    assert cuda.main(["--quick", "--folder", str(tmp_path)]) == cuda.CHECK_FAILED
+    assert cuda.main(["--quick", "--folder", str(tmp_path / "new")]) == cuda.CHECK_FAILED
     said = capsys.readouterr().out
     left = len(cuda_problems.problems(quick=True)) - 1
     assert "Interrupted." in said and f"No time was left for {left} problems: " in said and "2.00 |" in said
-    saved = json.loads((tmp_path / "cuda-a-card.json").read_text())
+    saved = json.loads((tmp_path / "new" / "cuda-a-card.json").read_text())
     assert len(saved["problems"]) == 1 and len(saved["left_out"]) == left and saved["interrupted"]
 
 
