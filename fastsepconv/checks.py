@@ -40,7 +40,7 @@ def order(value: object) -> str:
     return one_of("order", value, ("depthwise_pointwise", "pointwise_depthwise"))
 
 
-def _integer(value: object, least: int) -> int | None:
+def integer(value: object, least: int) -> int | None:
     """`value` as an int, or None where it is none or lies outside `least` .. LIMIT."""
     if isinstance(value, bool | np.bool_):
         return None
@@ -58,8 +58,8 @@ def _items(value: object) -> tuple:
 
 def positive_pair(name: str, value: object) -> Pair:
     """Strides or a dilation rate: a positive integer for both axes, or one for each."""
-    both = _integer(value, least=1)
-    pair = (both, both) if both is not None else tuple(_integer(item, least=1) for item in _items(value))
+    both = integer(value, least=1)
+    pair = (both, both) if both is not None else tuple(integer(item, least=1) for item in _items(value))
     if len(pair) != 2 or None in pair:
         raise invalid(name, "a positive integer below 2**31 or a pair of them", value)
     return pair
@@ -69,7 +69,7 @@ def padding(value: object) -> Padding:
     """ "valid" or "same" in any case, or `((top, bottom), (left, right))` in whole zeros."""
     if isinstance(value, str) and value.lower() in ("valid", "same"):
         return value.lower()
-    pairs = tuple(tuple(_integer(item, least=0) for item in _items(pair)) for pair in _items(value))
+    pairs = tuple(tuple(integer(item, least=0) for item in _items(pair)) for pair in _items(value))
     if len(pairs) != 2 or any(len(pair) != 2 or None in pair for pair in pairs):
         expected = '"valid", "same" or ((top, bottom), (left, right)) in integers from 0 to 2**31-1'
         raise invalid("padding", expected, value)
@@ -142,7 +142,7 @@ def geometry(x_shape: tuple, kernel_shape: tuple, strides: object, pad: object, 
 
 
 def output(out: object, expected: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """`out`, which has to be a writable array of just the result's shape and dtype."""
+    """`out`, which has to be a writable array of just the result's shape and dtype, no element in another's place."""
     if not isinstance(out, np.ndarray):
         raise invalid("out", "a NumPy array or None", type(out), " of type", TypeError)
     if out.dtype != dtype:
@@ -150,4 +150,16 @@ def output(out: object, expected: tuple[int, ...], dtype: np.dtype) -> np.ndarra
     shape("out", out, expected, "the result's shape")
     if not out.flags.writeable:
         raise invalid("out", "a writable array", False, ".flags.writeable")
+    if not _elements_lie_apart(out):
+        raise invalid("out", "an array whose elements lie apart in memory", out.strides, ".strides")
     return out
+
+
+def _elements_lie_apart(array: np.ndarray) -> bool:
+    """Whether each axis steps over all that the shorter steps reach; the views of an array that NumPy slices do."""
+    reach = array.itemsize
+    for step, size in sorted(zip(map(abs, array.strides), array.shape, strict=True)):
+        if size > 1 and step < reach:
+            return False
+        reach += step * max(0, size - 1)
+    return True

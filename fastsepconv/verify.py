@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import keras
 import numpy as np
 
-from . import bridge
+from . import bridge, checks
 from .convert import TO_FAST, TO_STOCK, exchange
 from .copying import layers_of
 
@@ -113,7 +113,7 @@ def verify(model: keras.Model, x: Any, y: Any = None, *, training: bool = False,
 
     Raises:
         TypeError: `model` is not a `keras.Model`.
-        ValueError: `model` has no layer to compare, or there are targets but no loss.
+        ValueError: `model` has no layer to compare, `x` is no input of it or empty, or there are targets but no loss.
         RuntimeError: Keras runs on another backend than TensorFlow and PyTorch.
     """
     _autodiff()  # raises where there is none
@@ -125,12 +125,27 @@ def verify(model: keras.Model, x: Any, y: Any = None, *, training: bool = False,
         )
     if y is not None and not model.compiled:
         raise ValueError(f"Invalid value for argument `y`. Expected None, as model={model!r} has not been compiled.")
+    _check_input(model, x)
 
     changed = exchange(layers, TO_FAST)
     try:
         return _compare(model, layers, x, y, training, seed)
     finally:
         exchange(changed, TO_STOCK)
+
+
+def _check_input(model: keras.Model, x: Any) -> None:
+    """TensorFlow's own gradient of an empty batch is whatever the memory holds, so there is nothing to compare."""
+    found = [tuple(getattr(each, "shape", None) or np.shape(each)) for each in keras.tree.flatten(x)]
+    if any(0 in shape for shape in found):
+        raise checks.invalid("x", "at least one image", found, ".shape")
+    expected = [tuple(each.shape) for each in getattr(model, "inputs", None) or ()]
+    fits = [
+        len(shape) == len(wanted) and all(size in (None, given) for size, given in zip(wanted, shape, strict=True))
+        for shape, wanted in zip(found, expected, strict=False)
+    ]
+    if expected and (len(found) != len(expected) or not all(fits)):
+        raise checks.invalid("x", f"inputs of shape {expected}", found, ".shape")
 
 
 def _autodiff() -> ModuleType:

@@ -7,6 +7,7 @@ import re
 import ml_dtypes
 import numpy as np
 import pytest
+from numpy.lib.stride_tricks import as_strided
 
 import fastsepconv
 
@@ -164,6 +165,8 @@ OUTS = {
     "another rank": (np.empty((3, 3, 3), F32), ValueError),
     "one that would broadcast": (np.empty((2, 1, 3, 3, 3), F32), ValueError),
     "read-only": (np.broadcast_to(F32(0), (1, 3, 3, 3)), ValueError),
+    "one place for all elements": (as_strided(np.zeros(1, F32), (1, 3, 3, 3), (0, 0, 0, 0)), ValueError),
+    "rows that share elements": (as_strided(np.zeros(64, F32), (1, 3, 3, 3), (0, 12, 12, 4)), ValueError),
 }
 
 

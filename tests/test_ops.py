@@ -159,6 +159,16 @@ def test_nan_and_infinity_go_where_keras_takes_them(rng, backend, where, value):
         assert_close(name, our, their)
 
 
+def test_zeros_of_the_padding_are_not_multiplied_by_a_nan(backend):
+    """Keras takes it either way, as TensorFlow's code for the CPU does: here a tap outside the image is none."""
+    kernel = np.ones((3, 3, 1, 1), "float32")
+    kernel[0, 0] = np.nan
+    y = fastsepconv.depthwise_conv2d(np.ones((1, 4, 5, 1), "float32"), kernel, padding="same", backend=backend)
+    inside = np.ones((4, 5), bool)
+    inside[0] = inside[:, 0] = False
+    np.testing.assert_array_equal(np.isnan(y[0, :, :, 0]), inside)
+
+
 def test_nan_survives_relu(backend):
     x = np.array([np.nan, -1.0, 2.0], "float32").reshape(1, 1, 3, 1)
     y = fastsepconv.pointwise_conv2d(x, np.ones((1, 1), "float32"), activation="relu", backend=backend)

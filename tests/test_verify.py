@@ -154,6 +154,13 @@ def test_report_is_a_table_and_plain_data():
     assert f"{report.max_output_error:.1e}" in lines[-2]
 
 
+@pytest.mark.parametrize("x", [batch(1, 8, 8), batch(1, 8, 8, 4), batch(0, 8, 8, 3), None, [batch(1, 8, 8, 3)] * 2])
+def test_an_input_that_is_none_is_named(x):
+    model = keras.Sequential([keras.Input((None, 8, 3)), keras.layers.DepthwiseConv2D(3)])
+    with pytest.raises(ValueError, match="argument `x`"):
+        verify(model, x)
+
+
 def test_wants_something_to_compare():
     model = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Conv2D(2, 3)])
     with pytest.raises(ValueError, match="Expected a model with a SeparableConv2D or DepthwiseConv2D"):

@@ -14,6 +14,7 @@ from fastsepconv.cli.console import CommandError, require
 FER2013_LABELS = ("Angry", "Disgust", "Fear", "Happy", "Sad", "Surprise", "Neutral")
 FER2013_SIDE = 48
 FER2013_PARTS = {"Training": "train", "PublicTest": "validation", "PrivateTest": "test"}
+MOST_CLASSES = 4096  # more are a mistake, which would not fit the confusion matrix either
 FOLDER_EXPECTS = "X_train.npy, X_test.npy (images) and y_train.npy, y_test.npy (labels)"
 CSV_EXPECTS = (
     "FER-2013's columns emotion (0 to 6), pixels (48x48 numbers from 0 to 255), Usage (Training, PublicTest, ..)"
@@ -79,7 +80,7 @@ def load_folder(folder: Path) -> Dataset:
     """The tutorial's four files. Validation is the test part, as in the tutorial."""
     if not folder.is_dir():
         raise CommandError(f"{folder}: no such folder. Expected a folder with {FOLDER_EXPECTS}")
-    x_train, x_test = (_images(folder / f"X_{part}.npy") for part in ("train", "test"))
+    x_train, x_test = _in_one_range(*(_images(folder / f"X_{part}.npy") for part in ("train", "test")))
     if x_train.shape[1:] != x_test.shape[1:]:
         raise CommandError(
             f"{folder / 'X_test.npy'}: Expected images of the shape in X_train.npy, {x_train.shape[1:]}. "
@@ -118,12 +119,22 @@ def _images(path: Path) -> np.ndarray:
     array = array.astype(np.float32)
     if not np.isfinite(array).all():
         raise CommandError(f"{path}: Expected finite numbers. Received: NaN or infinity in at least one image")
-    return array / np.float32(255) if array.max() > 2 else array  # floats that were never scaled
+    return array
+
+
+def _in_one_range(*images: np.ndarray) -> list[np.ndarray]:
+    """Floats that go up to 255 brought to 0 to 1: all of them, though one file may hold dark images alone."""
+    floats = [each for each in images if each.dtype != np.uint8]
+    if max((each.max() for each in floats), default=0) <= 2:
+        return list(images)
+    return [each if each.dtype == np.uint8 else each / np.float32(255) for each in images]
 
 
 def _labels(path: Path, images: int) -> tuple[np.ndarray, int]:
     """int64 labels `[n]`, and how many classes the file speaks of."""
-    expected = f"{images} labels: whole numbers from 0, (n,) or (n, 1), or one-hot rows (n, classes)"
+    expected = (
+        f"{images} labels: whole numbers from 0 to {MOST_CLASSES - 1}, (n,) or (n, 1), or one-hot rows (n, classes)"
+    )
     array = _array(path, expected)
     problem, classes = None, 0
     if array.dtype.kind not in "iufb":
@@ -136,8 +147,8 @@ def _labels(path: Path, images: int) -> tuple[np.ndarray, int]:
         array, classes = array.argmax(axis=1), array.shape[1]
     else:
         array = array.reshape(-1)
-        if not ((array >= 0) & (array == np.floor(array))).all():
-            problem = "labels that are negative or not whole"
+        if not ((array >= 0) & (array < MOST_CLASSES) & (array == np.floor(array))).all():
+            problem = f"labels that are negative, not whole, or {MOST_CLASSES} and more"
     if problem:
         raise CommandError(f"{path}: Expected {expected}. Received: {problem}")
     return array.astype(np.int64), classes or int(array.max()) + 1

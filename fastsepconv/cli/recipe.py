@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 LAST, BEST = "model.keras", "best.keras"  # the checkpoints of a run: after the last epoch, and after the best
+TENSORBOARD = "tensorboard"  # the folder of its log
 
 LAYERS = ("fast", "keras")
 SCHEDULES = ("constant", "cosine")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from collections.abc import Collection
 from dataclasses import fields, replace
 from importlib.util import find_spec
@@ -31,7 +32,7 @@ from fastsepconv.cli.console import (
     positive,
     require,
 )
-from fastsepconv.cli.recipe import DTYPES, LAST, LAYERS, ORDERS, SCHEDULES, Recipe
+from fastsepconv.cli.recipe import BEST, DTYPES, LAST, LAYERS, ORDERS, SCHEDULES, TENSORBOARD, Recipe
 
 if TYPE_CHECKING:
     from fastsepconv.cli.training import Outcome
@@ -75,10 +76,10 @@ def add_parser(subparsers: Any) -> None:
     command.add_argument(
         "--validation",
         type=fraction,
-        default=0.0,
         metavar="PART",
         help="validate on this part of the training images (default: on X_test, as the tutorial, or PublicTest)",
     )
+    command.set_defaults(seed=None)  # so that --resume can tell what was given from what was not
     add_backend_option(command)
     add_recipe_arguments(command, Recipe())
 
@@ -112,16 +113,17 @@ def run(args: argparse.Namespace) -> int:
     given = {field.name: getattr(args, field.name) for field in fields(Recipe) if hasattr(args, field.name)}
     del given["seed"]
     if args.resume:
-        given |= {"seed": args.seed} if args.seed else {}
+        given |= {} if args.seed is None else {"seed": args.seed}
         recipe, source, dataset = _resumed(args, given)
     else:
         if (args.out / LAST).exists() and not args.overwrite:
             raise CommandError(f"{args.out / LAST} exists. Expected --resume to go on with it, or --overwrite", USAGE)
-        recipe, source = Recipe(**given, seed=args.seed), _source(args)
+        recipe, source = Recipe(**given, seed=args.seed or 0), _source(args)
         if recipe.layer == "keras" and recipe.order != ORDERS[0]:
             expected = f"Expected {ORDERS[0]}, the one order of --layer keras. Received: {recipe.order}"
             raise CommandError(f"Invalid value for argument `--order`. {expected}", USAGE)
         dataset = data.load(source)
+        _remove_checkpoints(args.out)
     outcome = execute(recipe, source, dataset, args.out, console, resume=args.resume)
     show_operations(outcome, console)
     console.document(summary(outcome, dataset, args.out))
@@ -156,9 +158,16 @@ def _keep_tensorflow_off_cards() -> None:
 def _source(args: argparse.Namespace) -> data.Source:
     if not args.data and not args.csv:
         raise CommandError("Expected images: --data DIR or --csv FILE (or --resume)", USAGE)
-    labels = tuple(args.labels.split(",")) if args.labels else None
     path = args.data or args.csv
-    return data.Source("folder" if args.data else "csv", str(path.resolve()), labels, args.validation, args.seed)
+    kind, labels = "folder" if args.data else "csv", tuple(args.labels.split(",")) if args.labels else None
+    return data.Source(kind, str(path.resolve()), labels, args.validation or 0.0, args.seed or 0)
+
+
+def _remove_checkpoints(out: Path) -> None:
+    """Of a run that is begun anew: else a Ctrl-C in the first epoch would leave the old one to be resumed."""
+    for name in (LAST, BEST):
+        (out / name).unlink(missing_ok=True)
+    shutil.rmtree(out / TENSORBOARD, ignore_errors=True)
 
 
 def _resumed(args: argparse.Namespace, given: dict[str, Any]) -> tuple[Recipe, data.Source, data.Dataset]:
@@ -171,11 +180,16 @@ def _resumed(args: argparse.Namespace, given: dict[str, Any]) -> tuple[Recipe, d
     if not state:
         raise CommandError(f"{path}: Expected a checkpoint of `fastsepconv train`. Received: a file of another program")
     recipe, source = Recipe(**state["recipe"]), data.Source(**state["source"])
-    for name, value in given.items():
-        if name != "epochs" and value != getattr(recipe, name):
+    started_with = [(name, getattr(recipe, name), value) for name, value in given.items() if name != "epochs"]
+    if args.labels:
+        started_with.append(("labels", ",".join(source.labels or ()) or "the names of the data", args.labels))
+    if args.validation is not None:
+        started_with.append(("validation", source.validation, args.validation))
+    for name, expected, value in started_with:
+        if value != expected:
             raise CommandError(
-                f"Invalid value for argument `--{name.replace('_', '-')}`. Expected {getattr(recipe, name)}, which the "
-                f"resumed run was started with. Received: {value}",
+                f"Invalid value for argument `--{name.replace('_', '-')}`. Expected {expected}, which the resumed run "
+                f"was started with. Received: {value}",
                 USAGE,
             )
     if args.data or args.csv:

@@ -20,7 +20,7 @@ from fastsepconv.cli.console import CHECK_FAILED, INTERRUPTED, CommandError, Con
 from fastsepconv.cli.data import Dataset, Images, Source, scaled
 from fastsepconv.cli.interrupts import InterruptsBetweenSteps
 from fastsepconv.cli.progress import Compilation, TrainingBar
-from fastsepconv.cli.recipe import BEST, LAST, Recipe
+from fastsepconv.cli.recipe import BEST, LAST, TENSORBOARD, Recipe
 from fastsepconv.layers import FastSeparableConv2D
 from fastsepconv.models import xception
 
@@ -163,7 +163,7 @@ def train(
         batches = Batches(dataset.train, recipe)
         callbacks = [interrupts, Checkpoints(batches, state, out), TrainingBar(bars, state, recipe.epochs, steps)]
         if tensorboard:
-            callbacks.append(keras.callbacks.TensorBoard(out / "tensorboard", write_graph=False))
+            callbacks.append(keras.callbacks.TensorBoard(out / TENSORBOARD, write_graph=False))
         try:
             model.fit(
                 feed(batches),

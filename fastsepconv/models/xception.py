@@ -12,6 +12,7 @@ from typing import Any
 
 import keras
 
+from .. import checks
 from ..layers import FastSeparableConv2D
 
 ENTRY_FILTERS = (128, 256, 728)
@@ -47,7 +48,12 @@ def xception(
         batch_norm_momentum: how slowly batch normalisation's moving averages move; 0.99 wants thousands of steps.
         dtype: dtype or policy of every layer; the classifier takes the dtype of its variables, float32 if it is mixed.
         name: name of the model.
+
+    Raises:
+        TypeError: `separable_layer` cannot be called.
+        ValueError: a size is not what it has to be, or `order` is none.
     """
+    _check(input_shape, classes, separable_layer, num_blocks, order)
     options = {"order": order, "batch_norm_momentum": batch_norm_momentum, "dtype": dtype}
     inputs = keras.Input(input_shape, name="images")
     x = entry_flow(inputs, separable_layer, **options)
@@ -58,6 +64,19 @@ def xception(
         x = keras.layers.GlobalAveragePooling2D(name="average_pool", dtype=top_dtype)(x)
         x = keras.layers.Dense(classes, activation="softmax", name="predictions", dtype=top_dtype)(x)
     return keras.Model(inputs, x, name=name)
+
+
+def _check(input_shape: Any, classes: Any, separable_layer: Any, num_blocks: Any, order: Any) -> None:
+    sizes = input_shape if isinstance(input_shape, tuple | list) else ()
+    channels = len(sizes) == 3 and checks.integer(sizes[2], 1) is not None
+    if not channels or not all(size is None or checks.integer(size, 1) is not None for size in sizes):
+        raise checks.invalid("input_shape", "(height, width, channels), positive integers", input_shape)
+    for argument, value, least in (("classes", classes, 1), ("num_blocks", num_blocks, 0)):
+        if checks.integer(value, least) is None:
+            raise checks.invalid(argument, f"an integer of at least {least}", value)
+    if not callable(separable_layer):
+        raise checks.invalid("separable_layer", "a layer's class or a function", separable_layer, kind=TypeError)
+    checks.order(order)
 
 
 def entry_flow(x, separable_layer: SeparableLayer = FastSeparableConv2D, **options):

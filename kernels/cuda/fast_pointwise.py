@@ -1,17 +1,19 @@
 """Pointwise convolution in the fast tier, forward and backward, on tensor cores; arguments as in `pointwise`.
 
 float32 is computed as three TF32 products, or as one where FASTSEPCONV_TF32=1 asks for it. The former make NaN of an
-infinity in x or the kernel, where the plain kernels give an infinity. Half numbers take Hopper's warpgroups on cards of
-compute capability 9.0, where that costs less.
+infinity in x or the kernel, where the plain kernels give an infinity. Half numbers and TF32 take Hopper's warpgroups on
+cards of compute capability 9.0, where that costs less; TF32 not for the gradient of the kernel, and forward after the
+kernel was transposed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
-from . import fast_kernels, pointwise_tensor, settings, sums, tiles
+from . import fast_kernels, pointwise_tensor, settings, sums, tiles, transposition
 from .launch import Stream
 from .memory import ABSENT, Operand, scratch
 from .tiles import GemmTile
@@ -41,11 +43,29 @@ def forward(
     stream: Stream,
 ) -> None:
     """Fills y `[rows,F]` from x `[rows,K]`, kernel `[K,F]`, bias `[F]` or None."""
-    which, added = product(x.element, rows, filters, (channels, filters), stream), bias or ABSENT
-    fast_kernels.run(
-        pointwise_tensor.forward, which, (rows, filters), stream,
-        x.pointer, kernel.pointer, added.pointer, y.pointer, rows, filters, channels, int(bias is not None), *clamp,
-    )  # fmt: skip
+    which, added = product(x.element, rows, filters, (channels, filters), stream, channels), bias or ABSENT
+    with _as_taken(which, channels, filters, kernel, stream) as w:
+        fast_kernels.run(
+            pointwise_tensor.forward, which, (rows, filters), stream,
+            x.pointer, w.pointer, added.pointer, y.pointer, rows, filters, channels, int(bias is not None), *clamp,
+        )  # fmt: skip
+
+
+@contextmanager
+def _as_taken(
+    which: tuple[str, GemmTile], channels: int, filters: int, kernel: Operand, stream: Stream
+) -> Iterator[Operand]:
+    """The kernel as a forward product takes it: itself, or a transpose of it, rounded, that lasts as long as that."""
+    if not tiles.takes_only_deep(*which):
+        yield kernel
+        return
+    numbers, _ = which
+    with scratch(channels * filters, kernel.element, stream) as transposed:
+        fast_kernels.run(
+            transposition.transpose, (numbers,), (channels, filters), stream,
+            kernel.pointer, transposed.pointer, channels, filters,
+        )  # fmt: skip
+        yield transposed
 
 
 def backward(
@@ -89,11 +109,16 @@ def _kernel_gradient(
 
 
 def product(
-    element: str, rows: int, columns: int, row_lengths: tuple[int, ...], stream: Stream
+    element: str, rows: int, columns: int, row_lengths: tuple[int, ...], stream: Stream, wide_depth: int = 0
 ) -> tuple[str, GemmTile]:
-    """The numbers and the tile that compute a product of `rows` by `columns` on the stream's card."""
+    """The numbers and the tile that compute a product of `rows` by `columns` on the stream's card.
+
+    `wide_depth` as in `tiles.pointwise`.
+    """
     capability = stream.device.capability
-    return _chosen(element, lambda numbers: tiles.pointwise(numbers, rows, columns, row_lengths, capability))
+    return _chosen(
+        element, lambda numbers: tiles.pointwise(numbers, rows, columns, row_lengths, capability, wide_depth)
+    )
 
 
 def _chosen(element: str, choose: Callable[[str], GemmTile | None]) -> tuple[str, GemmTile]:

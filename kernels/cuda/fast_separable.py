@@ -81,5 +81,5 @@ def _fused(g: Geometry, filters: int, element: str, stream: Stream) -> Separable
     if tile is None:
         return None
     fused = tile.gemm.cost(rows, tile.gemm.columns) * -(-filters // tile.gemm.columns)
-    _, product = fast_pointwise.product(element, rows, filters, (channels, filters), stream)
+    _, product = fast_pointwise.product(element, rows, filters, (channels, filters), stream, channels)
     return tile if fused <= product.cost(rows, filters) + MID_COST * rows else None

@@ -7,22 +7,24 @@
 A block computes one tile of the result: for each stage of the depth a piece of A and one of B are copied to shared
 memory by cp.async, several stages ahead; warps take their fragments from there, those of the next step while the
 present one multiplies. Sums are float32. Loops, from the outside in: stages, steps, row fragments, column fragments.
-The tiles of Hopper's warpgroups have another accumulation, `warpgroup_tile`, and the same ends.
+The tiles of Hopper's warpgroups have another accumulation, `warpgroup_tile`, and the same ends. As TF32 they take no
+operand whose depth runs across its rows: forward is given w transposed, and d_w is not theirs.
 
 Source: the multistage pipeline of CUTLASS 2.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import numpy as np
 from numba import cuda, types
 
 from . import gemm_tile, ptx, warpgroup_tile
-from .fragments import inlined, spread_bytes
+from .fragments import inlined, select, spread_bytes
 from .gemm_tile import NUMBERS, operand_layout
-from .tiles import HOPPER, GemmTile, Launch, TiledKernel
+from .tiles import HOPPER, GemmTile, Launch, TiledKernel, takes_only_deep
 
 
 def shared_bytes(dtype: str, tile: GemmTile, a_deep: bool, b_deep: bool, out_itemsize: int) -> int:
@@ -144,10 +146,11 @@ def _zeros(count: int):
 def forward(dtype: str, tile: GemmTile) -> TiledKernel:
     """y = clamp(x . w + bias): kernel(x, w, bias, y, rows, columns, depth, has_bias, low, high).
 
+    w `[depth,columns]`, or `[columns,depth]` and rounded to TF32 where the tile `takes_only_deep`.
     Parallel over: tiles of y. Assumes: rows of x, w and y are multiples of `tile.copy_bytes` long and begin on them.
     """
-    numbers = NUMBERS[dtype]
-    accumulate, clear = _accumulator(dtype, tile, True, False), _zeros(tile.sums)
+    numbers, w_deep = NUMBERS[dtype], takes_only_deep(dtype, tile)
+    accumulate, clear = _accumulator(dtype, tile, True, w_deep), _zeros(tile.sums)
     place, warp_place = _placing(tile)
     finish = gemm_tile.finisher(numbers, tile.row_tiles, tile.column_tiles)
     store = gemm_tile.storer(numbers.itemsize, dtype, tile.row_tiles, tile.column_tiles, tile.store_bytes)
@@ -157,13 +160,13 @@ def forward(dtype: str, tile: GemmTile) -> TiledKernel:
         sums = cuda.local.array(count, types.float32)
         clear(sums)
         row, column = place(columns)
-        accumulate(sums, x, w, row, rows, column, columns, 0, depth, depth, columns)
+        accumulate(sums, x, w, row, rows, column, columns, 0, depth, depth, select(w_deep, depth, columns))
         warp_row, warp_column = warp_place()
         finish(sums, bias, has_bias, column + warp_column, columns, low, high)
         shared = ptx.shared_memory() + (cuda.threadIdx.x >> 5) * room
         store(sums, shared, y, 0, row + warp_row, rows, column + warp_column, columns)
 
-    size = shared_bytes(dtype, tile, True, False, numbers.itemsize)
+    size = shared_bytes(dtype, tile, True, w_deep, numbers.itemsize)
 
     def launch(rows: int, columns: int) -> Launch:
         return Launch((tile.blocks_of(rows, columns), 1, 1), tile.threads, size)
@@ -235,3 +238,8 @@ def kernel_gradient(dtype: str, tile: GemmTile) -> TiledKernel:
 
     signature = types.void(*[numbers.pointer] * 2, types.CPointer(types.float32), *[types.int32] * 4)
     return TiledKernel(pointwise_kernel_gradient, signature, (tile.threads, tile.blocks), launch, tile.architecture)
+
+
+def factories(dtype: str, tile: GemmTile) -> tuple[Callable[[str, GemmTile], TiledKernel], ...]:
+    """What makes the kernels that there are of a tile."""
+    return (forward, input_gradient) if takes_only_deep(dtype, tile) else (forward, input_gradient, kernel_gradient)

@@ -227,16 +227,20 @@ multiply_f16 = _multiply("m16n8k16", "f16")
 
 @cache
 def multiply_by_warpgroup(kind: str, columns: int, a_wide: bool, b_wide: bool):
-    """(sums, i, a, b): 64 rows by `columns` of sums += a.b, 16 deep, of the four warps that execute it together.
+    """(sums, i, a, b): 64 rows by `columns` of sums += a.b, 8 (tf32) or 16 (half types) deep, of four warps together.
 
     a and b are descriptors of matrices in shared memory, which are read, as the sums are, until `wait_products` says
-    so. `wide` ones have the rows of A or the columns of B side by side, others the depth. For sm_90a alone.
+    so. `wide` ones have the rows of A or the columns of B side by side, others the depth; as tf32 there are no wide
+    ones, and the last 13 bits of each number are dropped. For sm_90a alone.
     """
+    if kind == "tf32" and (a_wide or b_wide):
+        raise ValueError("Warpgroups transpose no TF32.")
+    depth, orders = (8, "") if kind == "tf32" else (16, f", {int(a_wide)}, {int(b_wide)}")
     sums = Registers(columns // 2)
     targets = ", ".join(f"${i}" for i in range(sums.count))
     text = (
-        f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{kind}.{kind} {{{targets}}}, "
-        f"${sums.count}, ${sums.count + 1}, 1, 1, 1, {int(a_wide)}, {int(b_wide)};"
+        f"wgmma.mma_async.sync.aligned.m64n{columns}k{depth}.f32.{kind}.{kind} {{{targets}}}, "
+        f"${sums.count}, ${sums.count + 1}, 1, 1, 1{orders};"
     )
     return _filling(text, sums, Wide(), Wide(), update=True, tied=True, effect=True)
 

@@ -1,7 +1,7 @@
 """Which tile a problem gets on a card: tables, each row with its reason, and the choice among them.
 
 Choices follow from the shape alone, counted on REFERENCE_MULTIPROCESSORS, so that every card sums in the same order;
-but those of compute capability 9.0 have tiles of their own for half numbers.
+but those of compute capability 9.0 have tiles of their own for half numbers and TF32.
 Nothing here has been timed on a card: the reasons are arithmetic.
 """
 
@@ -132,7 +132,8 @@ POINTWISE: dict[str, tuple[GemmTile, ...]] = {
 # Hopper's mma.sync is taken for 63 % as fast as its warpgroups, whose full speed is 1.6. Shared memory moves 128 bytes
 # a cycle, in which tensor cores multiply 2048 half numbers. A stage of 64 takes rows * columns / 32 cycles of products;
 # and of shared memory rows + columns to write it, and rows + 2 * columns for two warpgroups to read A once and B twice.
-# Speeds are the former's share of the latter. Widths are multiples of 64, whole panels of B.
+# Speeds are the former's share of the latter. Widths are multiples of 64, whole panels of B. A stage of TF32, 32 deep,
+# is as many bytes, and tensor cores multiply half as many numbers a cycle: the same cycles, and so the same shares.
 _WARPGROUPS_256 = GemmTile(
     "warpgroups256", 128, 256, 8, 1, 4, 1, 16, 1.6,
     "the widest product there is: 1024 cycles of products a stage, 1024 of shared memory; 128 sums a thread",
@@ -151,8 +152,23 @@ _WARPGROUPS_128 = GemmTile(
     HOPPER,
 )  # fmt: skip
 _WARPGROUPS = (_WARPGROUPS_256, _WARPGROUPS_192, _WARPGROUPS_128)
-WARPGROUP_POINTWISE: dict[str, tuple[GemmTile, ...]] = {"bfloat16": _WARPGROUPS, "float16": _WARPGROUPS}
+WARPGROUP_POINTWISE: dict[str, tuple[GemmTile, ...]] = {
+    "tf32": _WARPGROUPS,
+    "bfloat16": _WARPGROUPS,
+    "float16": _WARPGROUPS,
+}
 ITEMSIZE = {"float32": 4, "tf32": 4, "bfloat16": 2, "float16": 2}
+
+# What transposing w for them costs, in products at speed 1, which is 60 % of 495 TFLOP/s / 132 on one multiprocessor:
+# a number of w is read and written, 8 bytes at 3.3 TB/s, in the time of 2.7; its kernel starts, say 3 us, in that of
+# 3.4 million; shared among the places of the depth, as what a tile costs is. So few rows leave w as it is. The gradient
+# of w would have x and dy transposed, which takes longer than the product may save.
+TRANSPOSED_NUMBER, TRANSPOSITION_START = 2.7, 3.4e6
+
+
+def takes_only_deep(dtype: str, tile: GemmTile) -> bool:
+    """Whether a tile takes only operands whose depth runs along their rows: warpgroups transpose half numbers alone."""
+    return dtype == "tf32" and tile.architecture == HOPPER
 
 
 def copy_bytes(dtype: str, *row_lengths: int) -> int:
@@ -174,13 +190,21 @@ def pointwise(
     columns: int,
     row_lengths: tuple[int, ...],
     capability: tuple[int, int] = LEAST_CAPABILITY,
+    wide_depth: int = 0,
 ) -> GemmTile | None:
     """The tile for a product of `rows` by `columns`, or None where it is the plain tier's.
 
-    `row_lengths` are those of both operands and of the result in memory.
+    `row_lengths` are those of both operands and of the result in memory. `wide_depth` is the depth, if it runs across
+    the rows of the second operand.
     """
-    fitting = _fitting(dtype, row_lengths, capability)
-    return min(fitting, key=lambda tile: tile.cost(rows, columns), default=None)
+
+    def cost(tile: GemmTile) -> float:
+        product = tile.cost(rows, columns)
+        if wide_depth and takes_only_deep(dtype, tile):
+            return product + TRANSPOSED_NUMBER * columns + TRANSPOSITION_START / wide_depth
+        return product
+
+    return min(_fitting(dtype, row_lengths, capability), key=cost, default=None)
 
 
 @lru_cache(CHOICES_KEPT)
@@ -194,7 +218,8 @@ def kernel_gradient(
         rounds = -(-tile.blocks_of(rows, columns) * -(-depth // share) // REFERENCE_MULTIPROCESSORS)
         return rounds * tile.rows * tile.columns * share / tile.speed
 
-    return min(_fitting(dtype, (rows, columns), capability), key=cost, default=None)
+    fitting = [tile for tile in _fitting(dtype, (rows, columns), capability) if not takes_only_deep(dtype, tile)]
+    return min(fitting, key=cost, default=None)
 
 
 def kernel_gradient_share(tile: GemmTile, rows: int, columns: int, depth: int) -> int:

@@ -1,12 +1,20 @@
 """A block's share of a matrix product on Hopper's tensor cores, which read both operands from shared memory themselves.
 
-A warpgroup, four warps of a block, multiplies 64 rows of A by all columns of the tile, 16 deep, by one instruction that
-runs beside its threads. Where the operands lie it is told by descriptors. Assembled, never run on a card.
+A warpgroup, four warps of a block, multiplies 64 rows of A by all columns of the tile, 32 bytes deep, by one
+instruction that runs beside its threads. Where the operands lie it is told by descriptors. Assembled, never run on a
+card.
 
 An operand stands in shared memory in panels, of rows of 128 bytes that begin on 1024, chunk c of row r at place
-c ^ (r & 7): the instruction's "128-byte swizzle". A stage is 64 deep. Of a `deep` operand, whose depth runs along its
-rows, it is one panel with a row for each row of A or column of B; of a `wide` one, panels of 64 rows of A or columns of
-B side by side, with a row for each place of the depth.
+c ^ (r & 7): the instruction's "128-byte swizzle". A stage is 128 bytes deep, 64 half numbers or 32 floats. Of a `deep`
+operand, whose depth runs along its rows, it is one panel with a row for each row of A or column of B; of a `wide` one,
+which only half numbers may be, panels of 64 rows of A or columns of B side by side, with a row for each place of the
+depth.
+
+As TF32 the instruction reads the first 19 bits of a float32 and drops the others. So an element that comes as it is in
+memory, of x forward, of dy and w for d_x, is cut off: by up to 2^-10 of itself and always towards zero, where rounding
+errs by 2^-11 to either side. Each factor cut off takes 0.7 * 2^-11 of a product on average, which sums keep; the most
+that a sum can be off is 1.5 * 2^-10 of the sum of its products' magnitudes forward and 2^-9 in d_x, where rounding both
+factors makes it 2^-10. A NaN that only dropped bits tell from an infinity becomes one.
 
 Source: PTX ISA, wgmma.mma_async, its matrix descriptor and canonical layouts; CUTLASS 3, the same layouts in CuTe.
 """
@@ -26,16 +34,16 @@ from .tiles import GemmTile
 WARPGROUP = 128  # threads
 GROUP_ROWS = 64  # of A, that a warpgroup multiplies
 PANEL_BYTES = 128  # a row of a panel
-STAGE_DEPTH = 64  # half numbers that fill it
-STEPS = 4  # products of 16 that a stage takes
+PANEL_HALVES = 64  # half numbers that fill it
+STEPS = 4  # products that a stage takes, each 32 bytes deep
 PERIOD = 1024  # bytes after which the twist of chunks comes again, and on which panels begin
 SWIZZLE_128 = np.uint64(1 << 62)
-KINDS = {"bfloat16": "bf16", "float16": "f16"}
+KINDS = {"bfloat16": "bf16", "float16": "f16", "tf32": "tf32"}
 
 
 def panels(deep: bool, outer: int) -> tuple[int, Layout]:
     """How many panels a stage of an operand has with `outer` rows (of A) or columns (of B), and each one's layout."""
-    count, rows = (1, outer) if deep else (outer // STAGE_DEPTH, STAGE_DEPTH)
+    count, rows = (1, outer) if deep else (outer // PANEL_HALVES, PANEL_HALVES)
     return count, Layout(rows, PANEL_BYTES, PANEL_BYTES, 0, 7)
 
 
@@ -69,11 +77,11 @@ def descriptor(address, leading):
 
 def leading_bytes(deep: bool) -> int:
     """The distance of an operand's panels, or what stands for it where there is only one."""
-    return 16 if deep else STAGE_DEPTH * PANEL_BYTES
+    return 16 if deep else PANEL_HALVES * PANEL_BYTES
 
 
 def step_units(deep: bool) -> int:
-    """How far a step of 16 along the depth is, in a descriptor's units: 32 bytes of each row, or 16 rows."""
+    """How far a step along the depth is, in a descriptor's units: 32 bytes of each row, or 16 rows."""
     return 2 if deep else 16 * PANEL_BYTES >> 4
 
 
@@ -93,7 +101,7 @@ def stage_copier(numbers: Numbers, tile: GemmTile, deep: bool, outer: int):
     @inlined
     def copy_wide(shared, pointer, first, limit, depth, last, stride):
         for i in range(count):
-            copy_panel(shared + i * size, pointer, depth, last, first + i * STAGE_DEPTH, limit, stride)
+            copy_panel(shared + i * size, pointer, depth, last, first + i * PANEL_HALVES, limit, stride)
 
     return copy_deep if deep else copy_wide
 
@@ -137,6 +145,7 @@ def accumulator(numbers: Numbers, tile: GemmTile, a_deep: bool, b_deep: bool):
     a_bytes = stage_bytes(a_deep, tile.rows)
     size = a_bytes + stage_bytes(b_deep, tile.columns)
     stages, ahead, in_flight = tile.stages, tile.stages - 2, tile.stages - 3
+    stage_depth = PANEL_BYTES // numbers.itemsize
 
     @inlined
     def copy_stage(shared, a, b, row, rows, column, columns, depth, last, a_stride, b_stride):
@@ -149,17 +158,17 @@ def accumulator(numbers: Numbers, tile: GemmTile, a_deep: bool, b_deep: bool):
         for stage in range(ahead):
             copy_stage(
                 start + stage * size,
-                a, b, row, rows, column, columns, depth + stage * STAGE_DEPTH, last, a_stride, b_stride,
+                a, b, row, rows, column, columns, depth + stage * stage_depth, last, a_stride, b_stride,
             )  # fmt: skip
             ptx.commit_copies()
         reading, writing = start, np.uint32(start + ahead * size)
         end = np.uint32(start + stages * size)
-        for at in range(depth, last, STAGE_DEPTH):
+        for at in range(depth, last, stage_depth):
             ptx.wait_copies(in_flight)
             ptx.fence_shared()
             cuda.syncthreads()
             multiply(sums, reading)
-            later = np.int32(at + ahead * STAGE_DEPTH)
+            later = np.int32(at + ahead * stage_depth)
             if later < last:
                 copy_stage(writing, a, b, row, rows, column, columns, later, last, a_stride, b_stride)
             ptx.commit_copies()

@@ -33,6 +33,13 @@ def test_floats_stay_or_are_scaled_where_they_were_not(tmp_path, dtype):
     np.testing.assert_allclose(large.test.x, small.test.x, atol=2e-3)
 
 
+def test_all_floats_are_scaled_where_one_file_is_dark(tmp_path):
+    dark = np.full((16, SIDE, SIDE), 1.5)
+    dataset = load(write_images(tmp_path, X_train=np.full((48, SIDE, SIDE), 200.0), X_test=dark))
+    assert dataset.train.x.max() == np.float32(200) / np.float32(255)
+    assert dataset.test.x.max() == np.float32(1.5) / np.float32(255)
+
+
 @pytest.mark.parametrize("form", ["int64", "uint8", "float32", "column", "one_hot", "one_hot_bool"])
 def test_labels_may_be_integers_or_one_hot(tmp_path, form):
     y = np.arange(16) % CLASSES
@@ -67,6 +74,8 @@ BROKEN = {
     "negative labels": ("y_train", np.full(48, -1)),
     "halves": ("y_train", np.full(48, 0.5)),
     "NaN labels": ("y_train", np.full(48, np.nan)),
+    "infinite labels": ("y_test", np.full(16, np.inf)),
+    "one huge label": ("y_test", np.array([2**62] + [0] * 15)),
     "two hot": ("y_test", np.ones((16, CLASSES))),
     "cold": ("y_test", np.zeros((16, CLASSES))),
     "cube of labels": ("y_test", np.zeros((16, 2, 2))),

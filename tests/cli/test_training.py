@@ -140,6 +140,20 @@ def test_resuming_with_another_recipe_is_refused(copied_run, capsys):
     assert main(["train", "--resume", "--out", str(copied_run), "--batch-size", "8"]) == USAGE
     assert "`--batch-size`. Expected 16" in capsys.readouterr().err
     assert main(["train", "--resume", "--out", str(copied_run), "--seed", "1"]) == USAGE
+    capsys.readouterr()
+    assert main(["train", "--resume", "--out", str(copied_run), "--labels", "a,b,c"]) == USAGE
+    assert "`--labels`. Expected dark,grey,bright" in capsys.readouterr().err
+    assert main(["train", "--resume", "--out", str(copied_run), "--validation", "0.5"]) == USAGE
+    assert "`--validation`. Expected 0.0" in capsys.readouterr().err
+
+
+def test_a_run_begun_anew_leaves_nothing_of_the_old_one_to_resume(copied_run, images, monkeypatch):
+    (copied_run / "best.keras").write_bytes(b"old")
+    (copied_run / "tensorboard").mkdir()
+    monkeypatch.setattr("fastsepconv.cli.train.execute", lambda *_, **__: pytest.exit("stopped in the first epoch"))
+    with pytest.raises(pytest.exit.Exception):
+        main(["train", "--data", str(images), "--out", str(copied_run), "--overwrite"])
+    assert list(copied_run.iterdir()) == []
 
 
 def test_resuming_on_other_images_is_refused(copied_run, tmp_path, capsys):

@@ -85,6 +85,26 @@ def test_without_top_it_ends_in_features_of_any_image_size():
     assert model(images(1, 50)).shape == (1, 2, 2, 1024)
 
 
+@pytest.mark.parametrize(
+    "argument, value, error",
+    [
+        ("input_shape", (48, 48), ValueError),
+        ("input_shape", (48, 48, 0), ValueError),
+        ("input_shape", (48, 48, None), ValueError),
+        ("input_shape", 48, ValueError),
+        ("classes", 0, ValueError),
+        ("classes", 2.5, ValueError),
+        ("num_blocks", -1, ValueError),
+        ("num_blocks", True, ValueError),
+        ("separable_layer", 3, TypeError),
+        ("order", "depthwise", ValueError),
+    ],
+)
+def test_bad_arguments_are_named(argument, value, error):
+    with pytest.raises(error, match=f"argument `{argument}`"):
+        xception(**{argument: value})
+
+
 def test_learns_a_batch():
     keras.utils.set_random_seed(0)
     model = xception((32, 32, 1), 4, num_blocks=0, batch_norm_momentum=0.5)

@@ -10,7 +10,7 @@ import numpy as np
 
 from tests.kernels.cuda.emulated_memory import BASE, WARP
 
-WARPGROUP, ROWS, DEPTH = 128, 64, 16  # threads; of one product
+WARPGROUP, ROWS, DEPTH_BYTES = 128, 64, 32  # threads; of one product
 
 
 def fields(descriptor: int) -> dict[str, int]:
@@ -21,8 +21,8 @@ def fields(descriptor: int) -> dict[str, int]:
     return {**in_bytes, "base": descriptor >> 49 & 7, "swizzle": descriptor >> 62}
 
 
-def addresses(descriptor: int, outer: int, wide: bool) -> np.ndarray:
-    """Where the element (row of A or column of B, place of the depth) of an operand lies: `[outer,16]`.
+def addresses(descriptor: int, outer: int, wide: bool, itemsize: int = 2) -> np.ndarray:
+    """Where the element (row of A or column of B, place of the depth) of an operand lies: `[outer,depth]`.
 
     By the ISA's canonical layouts of 128-byte swizzle: atoms of 8 rows of 128 bytes, bits 4 to 6 of an address crossed
     with bits 7 to 9.
@@ -30,11 +30,12 @@ def addresses(descriptor: int, outer: int, wide: bool) -> np.ndarray:
     told = fields(descriptor)
     assert told["swizzle"] == 1, "not the swizzle of 128 bytes"
     assert told["base"] == 0, "an atom off its period"
-    i, k = np.arange(outer)[:, None], np.arange(DEPTH)[None, :]
+    i, k = np.arange(outer)[:, None], np.arange(DEPTH_BYTES // itemsize)[None, :]
     if wide:
+        assert itemsize == 2, "the instruction transposes half numbers alone"
         linear = i // 64 * told["leading"] + i % 64 * 2 + k // 8 * told["stride"] + k % 8 * 128
     else:
-        linear = i // 8 * told["stride"] + i % 8 * 128 + k * 2
+        linear = i // 8 * told["stride"] + i % 8 * 128 + k * itemsize
     linear = linear + told["start"]
     return linear ^ (linear >> 7 & 7) << 4
 
@@ -51,6 +52,13 @@ def toward_zero(exact: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore", invalid="ignore"):
         near = exact.astype(np.float32)
         return np.where(np.abs(near) > np.abs(exact), np.nextafter(near, np.float32(0)), near)
+
+
+DECODE = {  # bits as they lie in memory, and the numbers that are multiplied
+    "bf16": lambda bits: (bits.astype(np.uint32) << 16).view(np.float32),
+    "f16": lambda bits: bits.view(np.float16),
+    "tf32": lambda bits: (bits & np.uint32(0xFFFFE000)).view(np.float32),  # cut off: ISA, wgmma, "lower 13 bits"
+}
 
 
 class WarpgroupInstructions:
@@ -70,10 +78,7 @@ class WarpgroupInstructions:
         self._fenced = True
 
     def multiply_by_warpgroup(self, kind, columns, a_wide, b_wide):
-        decode = {
-            "bf16": lambda bits: (bits.astype(np.uint32) << 16).view(np.float32),
-            "f16": lambda bits: bits.view(np.float16),
-        }[kind]
+        decode, dtype = DECODE[kind], np.uint32 if kind == "tf32" else np.uint16
 
         def multiply(sums, i, a, b):
             assert self._fenced, "products of sums that no fence ordered"
@@ -83,8 +88,8 @@ class WarpgroupInstructions:
             after = np.empty_like(before)
             rows, places = sum_places(columns)
             for group in range(len(a)):
-                left = decode(self._read(a[group], ROWS, a_wide, group)).astype(np.float64)
-                right = decode(self._read(b[group], columns, b_wide, group)).astype(np.float64)
+                left = decode(self._read(a[group], ROWS, a_wide, dtype, group)).astype(np.float64)
+                right = decode(self._read(b[group], columns, b_wide, dtype, group)).astype(np.float64)
                 with np.errstate(invalid="ignore"):
                     product = left @ right.T
                 after[:, group] = toward_zero(before[:, group].astype(np.float64) + product[rows, places])
@@ -93,14 +98,15 @@ class WarpgroupInstructions:
 
         return multiply
 
-    def _read(self, descriptors, outer, wide, group):
+    def _read(self, descriptors, outer, wide, dtype, group):
         assert (descriptors == descriptors[0]).all(), "threads of a warpgroup name different operands"
-        at = addresses(int(descriptors[0]), outer, wide) - BASE
-        assert at.min() >= 0 and at.max() + 2 <= self._shared.bytes.size, "past shared memory"
+        itemsize = np.dtype(dtype).itemsize
+        at = addresses(int(descriptors[0]), outer, wide, itemsize) - BASE
+        assert at.min() >= 0 and at.max() + itemsize <= self._shared.bytes.size, "past shared memory"
         words = np.unique(at // 4)
         self._shared.note_product(words)
         self._started.append((words, group))
-        return self._shared.bytes.view(np.uint16)[at // 2]
+        return self._shared.bytes.view(dtype)[at // itemsize]
 
     def commit_products(self):
         self._groups.append(self._started)

@@ -27,6 +27,7 @@ from fastsepconv.kernels.cuda import (
     partial_sums,
     pointwise_tensor,
     separable_rows,
+    transposition,
     warpgroup_tile,
 )
 from fastsepconv.kernels.cuda.tiles import Launch
@@ -35,7 +36,8 @@ from tests.kernels.cuda.emulated_warpgroup import WarpgroupInstructions, toward_
 
 # Those whose `cuda` and `ptx` the kernels use.
 MODULES = (
-    channel_vectors, depthwise_window, gemm_tile, partial_sums, pointwise_tensor, separable_rows, warpgroup_tile,
+    channel_vectors, depthwise_window, gemm_tile, partial_sums, pointwise_tensor, separable_rows, transposition,
+    warpgroup_tile,
 )  # fmt: skip
 
 

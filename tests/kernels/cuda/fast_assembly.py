@@ -34,6 +34,7 @@ from fastsepconv.kernels.cuda import (
     ptx,
     separable_rows,
     tiles,
+    transposition,
     warpgroup_tile,
 )
 from fastsepconv.kernels.nvidia import LEAST_CAPABILITY
@@ -56,8 +57,9 @@ def kernels() -> Iterator[tuple[str, tiles.TiledKernel]]:
     """Every kernel, dtype and tile of the tables, by name."""
     for dtype, found in [*tiles.POINTWISE.items(), *tiles.WARPGROUP_POINTWISE.items()]:
         for tile in found:
-            for make in (pointwise_tensor.forward, pointwise_tensor.input_gradient, pointwise_tensor.kernel_gradient):
+            for make in pointwise_tensor.factories(dtype, tile):
                 yield f"pointwise {make.__name__} {dtype} {tile.name}", make(dtype, tile)
+    yield "transpose tf32", transposition.transpose("tf32")
     for dtype, by_stride in tiles.WINDOWS.items():
         for stride, window in by_stride.items():
             yield f"depthwise forward {dtype} stride {stride}", depthwise_window.forward(dtype, window)
@@ -131,7 +133,7 @@ def versions() -> dict[str, str]:
 def sources() -> str:
     """A digest of the fast tier's code, without comments and docstrings."""
     gemm = (fragments, gemm_tile, partial_sums, pointwise_tensor, ptx)
-    modules = (*gemm, channel_vectors, depthwise_window, separable_rows, tiles, warpgroup_tile)
+    modules = (*gemm, channel_vectors, depthwise_window, separable_rows, tiles, transposition, warpgroup_tile)
     digest = hashlib.sha256()
     for module in modules:
         tree = ast.parse(inspect.getsource(module))

@@ -14,19 +14,28 @@ pytest.importorskip("numba_cuda", reason="pip install 'fastsepconv[cuda13]'")
 import ml_dtypes
 
 from fastsepconv.kernels import geometry, reference
-from fastsepconv.kernels.cuda import depthwise_window, partial_sums, pointwise_tensor, separable_rows, tiles
+from fastsepconv.kernels.cuda import (
+    depthwise_window,
+    partial_sums,
+    pointwise_tensor,
+    separable_rows,
+    tiles,
+    transposition,
+)
 from tests.kernels.cuda import emulator
-from tests.tolerances import RELATIVE, relative_error
+from tests.kernels.cuda.fast_cases import FLOATS, TOLERANCES
+from tests.tolerances import relative_error
 
 MODULES = emulator.MODULES
 HALVES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
-TOLERANCES = {**RELATIVE, "tf32": 2e-3}
 POINTWISE = [
     pytest.param(dtype, tile, id=f"{dtype}-{tile.name}")
     for dtype, found in [*tiles.POINTWISE.items(), *tiles.WARPGROUP_POINTWISE.items()]
     for tile in found
 ]
-FLOATS = ("float32", "bfloat16", "float16")
+WITH_KERNEL_GRADIENT = [
+    case for case in POINTWISE if pointwise_tensor.kernel_gradient in pointwise_tensor.factories(*case.values)
+]
 
 
 def stored(values, dtype) -> np.ndarray:
@@ -40,6 +49,16 @@ def valued(array, dtype) -> np.ndarray:
 
 def poisoned(shape, dtype) -> np.ndarray:
     return stored(np.full(shape, np.nan), dtype)
+
+
+def rounded_tf32(values) -> np.ndarray:
+    """float32 to the nearest TF32, of two the one farther from zero."""
+    return ((values.view(np.uint32) + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
+
+
+def taken(w, dtype, tile) -> np.ndarray:
+    """The kernel as a forward product of the tile takes it."""
+    return np.ascontiguousarray(rounded_tf32(w).T) if tiles.takes_only_deep(dtype, tile) else w
 
 
 def assert_close(name, ours, exact, dtype):
@@ -75,7 +94,7 @@ def test_pointwise_forward(dtype, tile, rng):
     (rows, columns, depth), (x, w, bias, _) = problem(rng, dtype, tile)
     y = poisoned((rows, columns), dtype)
     bounds = np.float32(-3), np.float32(20)
-    arguments = (x, w, bias, y, rows, columns, depth, 1, *bounds)
+    arguments = (x, taken(w, dtype, tile), bias, y, rows, columns, depth, 1, *bounds)
     watched = emulator.run(MODULES, pointwise_tensor.forward, (dtype, tile), (rows, columns), arguments)
     exact = reference.pointwise_forward(*(valued(a, dtype) for a in (x, w, bias)))
     assert_close("y", valued(y, dtype), exact.clip(*bounds), dtype)
@@ -93,7 +112,7 @@ def test_pointwise_input_gradient(dtype, tile, rng):
     assert_watched(watched, free_of_conflicts=INNER_LOOP)
 
 
-@pytest.mark.parametrize(("dtype", "tile"), POINTWISE)
+@pytest.mark.parametrize(("dtype", "tile"), WITH_KERNEL_GRADIENT)
 def test_pointwise_kernel_gradient(dtype, tile, rng):
     (depth, columns, rows), (x, w, _, dy) = problem(rng, dtype, tile)
     partials = np.full((-(-depth // 64), rows, columns), np.nan, np.float32)
@@ -117,12 +136,24 @@ def test_pointwise_forward_by_copies_of_eight_bytes(dtype, rng):
     assert_watched(watched, free_of_conflicts=inner_loop(dtype))
 
 
-@pytest.mark.parametrize("numbers", ["float32", "tf32"])
-def test_a_nan_passes_products(numbers):
+@pytest.mark.parametrize("shape", [(70, 45), (32, 64), (3, 130)], ids=str)
+def test_a_transpose_is_rounded_and_conflicts_with_no_bank(shape, rng):
+    w, out = rng.standard_normal(shape).astype(np.float32), poisoned(shape[::-1], "tf32")
+    w[1, 2], w[2, 1] = np.nan, np.inf
+    watched = emulator.run(MODULES, transposition.transpose, ("tf32",), shape, (w, out, *shape))
+    np.testing.assert_array_equal(out, rounded_tf32(w).T)
+    assert_watched(watched, free_of_conflicts=("store32", "load32"))
+
+
+NAN_TILES = [(numbers, tiles.POINTWISE[numbers][2]) for numbers in ("float32", "tf32")]
+
+
+@pytest.mark.parametrize(("numbers", "tile"), [*NAN_TILES, ("tf32", tiles.WARPGROUP_POINTWISE["tf32"][-1])])
+def test_a_nan_passes_products(numbers, tile):
     x, w, y = np.ones((3, 16), np.float32), np.ones((16, 8), np.float32), poisoned((3, 8), "float32")
     x.view(np.uint32)[0, 3], x.view(np.uint32)[2, 5] = 0x7FFFFFFF, 0xFFFFFFFF
-    bounds, tile = (np.float32(0), np.float32(6)), tiles.POINTWISE[numbers][2]
-    arguments = (x, w, np.zeros(8, np.float32), y, 3, 8, 16, 0, *bounds)
+    bounds = np.float32(0), np.float32(6)
+    arguments = (x, taken(w, numbers, tile), np.zeros(8, np.float32), y, 3, 8, 16, 0, *bounds)
     emulator.run(MODULES, pointwise_tensor.forward, (numbers, tile), (3, 8), arguments)
     assert np.isnan(y[[0, 2]]).all()
     assert (y[1] == 6).all()
@@ -285,7 +316,7 @@ def test_separable_tiles_fit_the_card_and_the_shape():
     assert separable_rows.choose("float32", (3, 3), (1, 1), 361, 728, 728, 232448) is None
 
 
-def test_warpgroups_serve_half_numbers_on_their_own_capability_where_that_costs_less():
+def test_warpgroups_serve_half_numbers_and_tf32_on_their_own_capability_where_that_costs_less():
     def choose(dtype, capability, rows, columns=728):
         return tiles.pointwise(dtype, rows, columns, (728, columns), capability).name
 
@@ -296,9 +327,23 @@ def test_warpgroups_serve_half_numbers_on_their_own_capability_where_that_costs_
     for capability in ((8, 0), (8, 9), (10, 0), (12, 0)):
         assert choose("bfloat16", capability, 32 * 361) == "narrow"
         assert "warpgroups" not in tiles.kernel_gradient("bfloat16", 728, 728, 32 * 361, capability).name
-    for numbers in ("float32", "tf32"):
-        assert choose(numbers, (9, 0), 32 * 361) == choose(numbers, (8, 0), 32 * 361)
+    assert choose("tf32", (9, 0), 32 * 361) == "warpgroups192"
+    assert choose("tf32", (8, 0), 32 * 361) == "narrow"
+    assert choose("float32", (9, 0), 32 * 361) == choose("float32", (8, 0), 32 * 361)
     assert tiles.pointwise("bfloat16", 32 * 361, 34, (728, 34), (9, 0)).name == "unaligned"
+
+
+def test_tf32_takes_warpgroups_where_that_is_worth_a_transpose():
+    def choose(rows, depth, wide_depth, columns=728):
+        return tiles.pointwise("tf32", rows, columns, (depth, columns), (9, 0), wide_depth).name
+
+    assert choose(32 * 361, 728, 728) == "warpgroups192"
+    assert choose(4 * 361, 728, 0) == "warpgroups128"  # 72 blocks, nothing to transpose
+    assert choose(4 * 361, 728, 728) == "narrow"
+    assert choose(32 * 361, 8, 0) == "warpgroups192"
+    assert choose(32 * 361, 8, 8) == "narrow"
+    for depth in (361, 32 * 361, 32 * 5329):
+        assert "warpgroups" not in tiles.kernel_gradient("tf32", 728, 728, depth, (9, 0)).name
 
 
 def test_pointwise_tiles_follow_the_shape():

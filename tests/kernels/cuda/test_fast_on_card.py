@@ -51,20 +51,24 @@ def test_pointwise(numbers, sizes, ran, rng):
     assert ran[2].startswith("pointwise_kernel_gradient[")
 
 
-@pytest.mark.parametrize("half", ["bfloat16", "float16"])
+@pytest.mark.parametrize("numbers", ["tf32", "bfloat16", "float16"], indirect=True)
 @pytest.mark.parametrize("tile", [*tiles.POINTWISE["float16"][:3], *tiles.WARPGROUP_POINTWISE["float16"]], ids=name_of)
-def test_pointwise_with_each_tile(half, tile, ran, monkeypatch, rng):
+def test_pointwise_with_each_tile(numbers, tile, ran, monkeypatch, rng):
     """Whatever the table would choose, so that a tile that fails is known by its name."""
     from fastsepconv.kernels.cuda import driver
 
+    assert tile in tiles.POINTWISE[numbers] + tiles.WARPGROUP_POINTWISE[numbers]
+
     if tile.architecture == tiles.HOPPER and driver.device(0).capability != tiles.HOPPER[:2]:
         pytest.skip("the instructions of warpgroups are those of compute capability 9.0")
-    for choice in ("pointwise", "kernel_gradient"):
+    only_deep = tiles.takes_only_deep(numbers, tile)
+    for choice in ("pointwise",) if only_deep else ("pointwise", "kernel_gradient"):
         monkeypatch.setattr(tiles, choice, lambda *arguments: tile)
     for rows, channels, filters in ((16, 16, 16), (722, 728, 728), (1500, 136, 456)):
         x, kernel = normal(rng, (rows, channels), (channels, filters))
-        check(half, "pointwise", (), [x, kernel / np.sqrt(channels)], *normal(rng, (filters,), (rows, filters)))
-    assert sum(tile.name in one for one in ran) == 9
+        check(numbers, "pointwise", (), [x, kernel / np.sqrt(channels)], *normal(rng, (filters,), (rows, filters)))
+    assert sum(tile.name in one for one in ran) == (6 if only_deep else 9)
+    assert ran.count("transpose[tf32]") == (3 if only_deep else 0)
 
 
 @pytest.mark.parametrize("numbers", FLOATS)

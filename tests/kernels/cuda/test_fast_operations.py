@@ -60,11 +60,20 @@ def test_pointwise(numbers, sizes, emulated, rng):
     assert not emulated.memory
 
 
-@pytest.mark.parametrize("tile", ["wide", "narrow", "warpgroups256", "warpgroups192", "warpgroups128"])
+WARPGROUPS = ["warpgroups256", "warpgroups192", "warpgroups128"]
+
+
+def tile_named(numbers, name):
+    from fastsepconv.kernels.cuda import tiles
+
+    return next(one for one in tiles.POINTWISE[numbers] + tiles.WARPGROUP_POINTWISE[numbers] if one.name == name)
+
+
+@pytest.mark.parametrize("tile", ["wide", "narrow", *WARPGROUPS])
 def test_pointwise_with_the_tiles_of_large_shapes(tile, emulated, monkeypatch, rng):
     from fastsepconv.kernels.cuda import tiles
 
-    found = next(one for one in tiles.POINTWISE["bfloat16"] + tiles.WARPGROUP_POINTWISE["bfloat16"] if one.name == tile)
+    found = tile_named("bfloat16", tile)
     for choice in ("pointwise", "kernel_gradient"):
         monkeypatch.setattr(tiles, choice, lambda *arguments: found)
     inputs = normal(rng, (600, 136), (136, 144))
@@ -72,6 +81,41 @@ def test_pointwise_with_the_tiles_of_large_shapes(tile, emulated, monkeypatch, r
     assert emulated.ran[:3] == [
         f"pointwise_{way}[bfloat16,{tile}]" for way in ("forward", "input_gradient", "kernel_gradient")
     ]
+
+
+@pytest.mark.parametrize("numbers", ["tf32"], indirect=True)
+@pytest.mark.parametrize("tile", WARPGROUPS)
+def test_pointwise_by_tf32_on_warpgroups(numbers, tile, emulated, monkeypatch, rng):
+    """Forward after a transpose of the kernel, which lasts no longer; the kernel's gradient by other tiles."""
+    from fastsepconv.kernels.cuda import tiles
+
+    monkeypatch.setattr(tiles, "pointwise", lambda *arguments: tile_named(numbers, tile))
+    inputs = normal(rng, (300, 136), (136, 148))
+    check(numbers, "pointwise", (), inputs, *normal(rng, (148,), (300, 148)))
+    assert emulated.ran[:4] == [
+        "transpose[tf32]",
+        f"pointwise_forward[tf32,{tile}]",
+        f"pointwise_input_gradient[tf32,{tile}]",
+        "pointwise_kernel_gradient[tf32,small]",
+    ]
+    assert not emulated.memory
+
+
+@pytest.mark.parametrize("numbers", ["tf32"], indirect=True)
+def test_separable_by_tf32_on_warpgroups(numbers, emulated, monkeypatch, rng):
+    from fastsepconv.kernels.cuda import tiles
+
+    monkeypatch.setattr(tiles, "pointwise", lambda *arguments: tile_named(numbers, WARPGROUPS[-1]))
+    g = resolve((2, 5, 23, 40), (3, 3, 40, 1), (1, 1), "same", (1, 1))
+    inputs, out = separable_inputs(rng, g, 24), (*g.output_shape[:3], 24)
+    check(numbers, "separable", (g,), inputs, *normal(rng, (24,), out))
+    assert [name for name in emulated.ran if "tf32" in name] == [
+        "transpose[tf32]",
+        "pointwise_forward[tf32,warpgroups128]",
+        "pointwise_input_gradient[tf32,warpgroups128]",
+        "pointwise_kernel_gradient[tf32,small]",
+    ]
+    assert not emulated.memory
 
 
 @pytest.mark.parametrize("numbers", FLOATS)

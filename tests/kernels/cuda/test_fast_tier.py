@@ -133,6 +133,52 @@ def test_products_of_half_numbers_take_warpgroups_on_hopper_alone(card, ran, cap
         assert shared in card.allowed.values()
 
 
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0)])
+def test_tf32_takes_warpgroups_on_hopper_alone_forward_from_a_transpose(card, ran, monkeypatch, capability):
+    monkeypatch.setenv("FASTSEPCONV_TF32", "1")
+    card.capability = capability
+    x, kernel, y = (on_card(card, shape) for shape in ((32 * 361, 728), (728, 736), (32 * 361, 736)))
+    arrays = set(card.memory)
+    cuda.pointwise_forward(x, kernel, None, y)
+    cuda.pointwise_backward(x, kernel, y, x, kernel, None)
+    assert set(card.memory) == arrays
+    tile = "warpgroups192" if capability == (9, 0) else "narrow"
+    transposed = ["transpose[tf32]"] * (capability == (9, 0))
+    assert ran[:-2] == [*transposed, f"pointwise_forward[tf32,{tile}]", f"pointwise_input_gradient[tf32,{tile}]"]
+    assert ran[-2].startswith("pointwise_kernel_gradient[tf32,") and "warpgroups" not in ran[-2]
+    if transposed:
+        squares = {"grid": (23 * 23, 1, 1), "block": (256, 1, 1), "shared": 32 * 33 * 4, "stream": STREAM}
+        assert card.launches[0] == squares
+        assert card.launches[1]["grid"] == (91 * 4, 1, 1)
+        assert card.launches[1]["shared"] == 1024 + 5 * 128 * (128 + 192)
+
+
+def test_a_product_reads_the_transpose_that_was_made_for_it_in_memory_of_the_call(card, monkeypatch):
+    """As a caller lends it, which a graph of launches keeps; a call that is refused leaves nothing behind."""
+    from fastsepconv.kernels.cuda import memory, tiles
+
+    monkeypatch.setenv("FASTSEPCONV_TF32", "1")
+    monkeypatch.setattr(tiles, "pointwise", lambda *arguments: tiles.WARPGROUP_POINTWISE["tf32"][0])
+    x, kernel, y = (on_card(card, shape) for shape in ((30, 16), (16, 24), (30, 24)))
+    lent, asked = on_card(card, (16, 24)).address, []
+    read = []
+    launch = card.cuLaunchKernel
+    monkeypatch.setattr(card, "cuLaunchKernel", lambda *told: (read.append(values_at(told[9], "QQ")), launch(*told))[1])
+    with memory.room_from(lambda size: asked.append(size) or lent):
+        card.calls.clear()
+        cuda.pointwise_forward(x, kernel, None, y)
+    assert asked == [16 * 24 * 4] and not card.named("cuMemAllocAsync", "cuStreamSynchronize")
+    assert read == [[kernel.address, lent], [x.address, lent]]
+    before = set(card.memory)
+    for refused in ("cuMemAllocAsync", "cuLaunchKernel"):
+        for which in range(1, 2 + (refused == "cuLaunchKernel")):
+            card.calls.clear()
+            card.fails = {(refused, which): card.CUresult.CUDA_ERROR_OUT_OF_MEMORY}
+            with pytest.raises(RuntimeError, match=r"has no room for the|Launching .* failed"):
+                cuda.pointwise_forward(x, kernel, None, y)
+            assert set(card.memory) == before
+
+
 def test_arguments_of_a_window_reach_the_driver(card):
     g = resolve((2, 9, 41, 24), (3, 3, 24, 1), (2, 2), "same", (1, 1))
     x, kernel, y = (on_card(card, shape) for shape in (g.input_shape, g.kernel_shape, g.output_shape))
@@ -295,9 +341,8 @@ def test_whatever_is_refused_leaves_nothing_behind(card, ran, operation, refused
 def test_every_kernel_of_the_tables_has_a_name_of_its_own_and_fits_the_smallest_card(toolkit):
     from fastsepconv.kernels.cuda import fast_kernels, pointwise_tensor, tiles
 
-    makers = (pointwise_tensor.forward, pointwise_tensor.input_gradient, pointwise_tensor.kernel_gradient)
     for dtype, found in [*tiles.POINTWISE.items(), *tiles.WARPGROUP_POINTWISE.items()]:
-        for tile, maker in itertools.product(found, makers):
+        for tile, maker in [(one, maker) for one in found for maker in pointwise_tensor.factories(dtype, one)]:
             kernel, launch = fast_kernels.made(maker, dtype, tile)
             assert kernel.name.endswith(f"[{dtype},{tile.name}]")
             sizes = (1, 1, 1, 32) if maker is pointwise_tensor.kernel_gradient else (1, 1)

@@ -69,6 +69,27 @@ def test_captured_into_a_graph_and_replayed(dtype, operation, tier):
         assert it.is_forward or torch.equal(result, 2 * before)
 
 
+def test_a_transpose_is_captured_with_the_product_that_reads_it(monkeypatch):
+    """The kernel's, for TF32 on warpgroups: a replay sees what the kernel has become."""
+    from fastsepconv.kernels.cuda import driver, tiles
+
+    if driver.device(0).capability != tiles.HOPPER[:2]:
+        pytest.skip("the instructions of warpgroups are those of compute capability 9.0")
+    monkeypatch.setenv("FASTSEPCONV_TF32", "1")
+    monkeypatch.setattr(tiles, "pointwise", lambda *arguments: tiles.WARPGROUP_POINTWISE["tf32"][-1])
+    it, (x, kernel, bias), results = prepared("pointwise_forward", "float32")
+    bias.zero_()
+    with only("fast"):
+        call(it.operation, it.before, [x, kernel, bias], results)
+        expected = 2 * results[0]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call(it.operation, it.before, [x, kernel, bias], results)
+    kernel.mul_(2)
+    graph.replay()
+    assert torch.equal(results[0], expected)
+
+
 @pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_threads_at_once_each_on_a_stream_of_its_own(operation, tier):

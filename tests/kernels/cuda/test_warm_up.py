@@ -30,7 +30,7 @@ def test_every_kernel_of_both_tables_is_compiled(warm_up):
     found = [kernel for kernel in warm_up.kernels(HOPPER) if kernel.tier == "fast"]
     strided = [kernel for kernel in found if kernel.name.startswith("separable") and "_s2_" in kernel.name]
     assert len(found) - len(strided) == len(fast), "the fused kernels of stride 2 are in no table"
-    others = [kernel for kernel in found if "warpgroups" not in kernel.name]
+    others = [kernel for kernel in found if "warpgroups" not in kernel.name and not kernel.name.startswith("transpose")]
     assert [kernel for kernel in warm_up.kernels((8, 0)) if kernel.tier == "fast"] == others
 
 

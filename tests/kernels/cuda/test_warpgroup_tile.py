@@ -20,15 +20,18 @@ from tests.kernels.cuda.test_fast_kernels import (
     assert_close,
     assert_watched,
     poisoned,
+    rounded_tf32,
     stored,
+    taken,
     valued,
 )
 
-HALF_TILES = [
-    pytest.param(half, tile, id=f"{half}-{tile.name}")
-    for half, found in tiles.WARPGROUP_POINTWISE.items()
+TILES = [
+    pytest.param(dtype, tile, id=f"{dtype}-{tile.name}")
+    for dtype, found in tiles.WARPGROUP_POINTWISE.items()
     for tile in found
 ]
+HALF_TILES = [case for case in TILES if case.values[0] != "tf32"]
 SMALLEST = tiles.WARPGROUP_POINTWISE["bfloat16"][-1]
 START = np.uint32(7 * warpgroup_tile.PERIOD)
 
@@ -43,15 +46,19 @@ def test_a_descriptor_holds_the_fields_of_the_instruction_set():
 
 
 @pytest.mark.parametrize("outer", [64, 128, 192, 256])
-@pytest.mark.parametrize("deep", [True, False], ids=["deep", "wide"])
-def test_products_read_every_element_where_the_copies_put_it(deep, outer):
+@pytest.mark.parametrize(
+    ("deep", "itemsize"), [(True, 2), (False, 2), (True, 4)], ids=["deep halves", "wide halves", "deep floats"]
+)
+def test_products_read_every_element_where_the_copies_put_it(deep, itemsize, outer):
     count, layout = warpgroup_tile.panels(deep, outer)
     assert count * layout.bytes == warpgroup_tile.stage_bytes(deep, outer) == outer * 128
     first = warpgroup_tile.descriptor(START, warpgroup_tile.leading_bytes(deep))
+    depth = 32 // itemsize
     for step in range(warpgroup_tile.STEPS):
-        read = emulated_warpgroup.addresses(int(first) + step * warpgroup_tile.step_units(deep), outer, not deep)
-        i, k = np.arange(outer)[:, None], np.arange(16)[None, :] + 16 * step
-        panel, row, byte = (0, i, 2 * k) if deep else (i // 64, k, 2 * (i % 64))
+        at = int(first) + step * warpgroup_tile.step_units(deep)
+        read = emulated_warpgroup.addresses(at, outer, not deep, itemsize)
+        i, k = np.arange(outer)[:, None], np.arange(depth)[None, :] + depth * step
+        panel, row, byte = (0, i, itemsize * k) if deep else (i // 64, k, 2 * (i % 64))
         assert np.array_equal(read, START + panel * layout.bytes + fragments.place(row, byte, *layout[2:]))
 
 
@@ -85,21 +92,21 @@ def test_panels_begin_on_their_period():
 def forward(rng, dtype, tile, rows, columns, depth):
     x, w, bias = (stored(rng.standard_normal(shape), dtype) for shape in ((rows, depth), (depth, columns), (columns,)))
     y, bounds = poisoned((rows, columns), dtype), (np.float32(-30), np.float32(50))
-    arguments = (x, w, bias, y, rows, columns, depth, 1, *bounds)
+    arguments = (x, taken(w, dtype, tile), bias, y, rows, columns, depth, 1, *bounds)
     watched = emulator.run(MODULES, pointwise_tensor.forward, (dtype, tile), (rows, columns), arguments)
     exact = valued(x, dtype) @ valued(w, dtype) + valued(bias, dtype)
     assert_close("y", valued(y, dtype), exact.clip(*bounds), dtype)
     return watched
 
 
-@pytest.mark.parametrize("depth", [8, 64, 728])
-@pytest.mark.parametrize(("dtype", "tile"), HALF_TILES)
-def test_forward_from_one_stage_to_rings_of_them(dtype, tile, depth, rng):
-    watched = forward(rng, dtype, tile, 70, 88, depth)
+@pytest.mark.parametrize("chunks", [1, 8, 91])  # of 16 bytes
+@pytest.mark.parametrize(("dtype", "tile"), TILES)
+def test_forward_from_one_stage_to_rings_of_them(dtype, tile, chunks, rng):
+    watched = forward(rng, dtype, tile, 70, 88, chunks * 16 // tiles.ITEMSIZE[dtype])
     assert_watched(watched, free_of_conflicts=INNER_LOOP)
 
 
-@pytest.mark.parametrize(("dtype", "tile"), HALF_TILES)
+@pytest.mark.parametrize(("dtype", "tile"), TILES)
 def test_input_gradient_over_a_ring_of_stages(dtype, tile, rng):
     rows, channels, filters = 40, 136, 456
     dy, w = (stored(rng.standard_normal(shape), dtype) for shape in ((rows, filters), (channels, filters)))
@@ -123,14 +130,41 @@ def test_kernel_gradient_over_a_ring_of_stages(dtype, tile, rng):
     assert_watched(watched, free_of_conflicts=INNER_LOOP)
 
 
-def test_shared_memory_may_begin_anywhere_on_sixteen_bytes(rng, monkeypatch):
+def test_tf32_of_what_is_not_rounded_is_cut_off(rng):
+    """By up to 2^-10 of a number, towards zero; products of x by rounded numbers are else exact here."""
+    x, depth = rng.uniform(1, 2, (64, 32)).astype(np.float32), 32
+    x[::2] *= -1
+    x[5] *= np.float32(2) ** 90
+    y, w = poisoned((64, 32), "tf32"), np.eye(32, dtype=np.float32)
+    bounds = np.float32(-np.inf), np.float32(np.inf)
+    arguments = (x, w, np.zeros(32, np.float32), y, 64, 32, depth, 0, *bounds)
+    emulator.run(MODULES, pointwise_tensor.forward, ("tf32", SMALLEST), (64, 32), arguments)
+    np.testing.assert_array_equal(y, (x.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32))
+    lost = 1 - y.astype(np.float64) / x
+    assert lost.min() >= 0 and 2**-11 < lost.max() < 2**-10
+    assert 0.6 * 2**-11 < lost.mean() < 0.8 * 2**-11
+    assert np.abs(1 - rounded_tf32(x).astype(np.float64) / x).max() <= 2**-11
+
+
+def test_tf32_has_no_product_of_operands_whose_depth_runs_across_their_rows():
+    with pytest.raises(ValueError, match="transpose no TF32"):
+        pointwise_tensor.kernel_gradient("tf32", SMALLEST)
+    assert pointwise_tensor.kernel_gradient not in pointwise_tensor.factories("tf32", SMALLEST)
+
+
+DTYPES = pytest.mark.parametrize("dtype", ["bfloat16", "tf32"])
+
+
+def small(rng, dtype):
+    """A product of several stages, of as many bytes whatever the dtype."""
+    forward(rng, dtype, SMALLEST, 16, 16, 528 // tiles.ITEMSIZE[dtype])
+
+
+@DTYPES
+def test_shared_memory_may_begin_anywhere_on_sixteen_bytes(dtype, rng, monkeypatch):
     for module in (emulator, emulated_memory, emulated_warpgroup):
         monkeypatch.setattr(module, "BASE", 1040)
-    forward(rng, "bfloat16", SMALLEST, 16, 16, 264)
-
-
-def small(rng):
-    forward(rng, "bfloat16", SMALLEST, 16, 16, 264)
+    small(rng, dtype)
 
 
 INSTRUCTIONS = emulator.Instructions
@@ -140,33 +174,38 @@ RACES = {
 }
 
 
+@DTYPES
 @pytest.mark.parametrize(("instruction", "told"), RACES.values(), ids=RACES.keys())
-def test_the_emulation_notices_a_lacking_fence(instruction, told, rng, monkeypatch):
+def test_the_emulation_notices_a_lacking_fence(instruction, told, dtype, rng, monkeypatch):
     monkeypatch.setattr(INSTRUCTIONS, instruction, lambda self: None)
     with pytest.raises(AssertionError, match=told):
-        small(rng)
+        small(rng, dtype)
 
 
-def test_the_emulation_notices_a_lacking_barrier(rng, monkeypatch):
+@DTYPES
+def test_the_emulation_notices_a_lacking_barrier(dtype, rng, monkeypatch):
     monkeypatch.setattr(emulated_memory.SharedMemory, "barrier", lambda self: None)
     with pytest.raises(AssertionError, match="no barrier after the fence"):
-        small(rng)
+        small(rng, dtype)
 
 
-def test_the_emulation_notices_copies_over_what_products_read(rng, monkeypatch):
+@DTYPES
+def test_the_emulation_notices_copies_over_what_products_read(dtype, rng, monkeypatch):
     monkeypatch.setattr(INSTRUCTIONS, "wait_all_products_but_one_group", lambda self: self._wait(2))
     with pytest.raises(AssertionError, match="products under way may read"):
-        small(rng)
+        small(rng, dtype)
 
 
-def test_the_emulation_notices_products_of_copies_under_way(rng, monkeypatch):
+@DTYPES
+def test_the_emulation_notices_products_of_copies_under_way(dtype, rng, monkeypatch):
     wait = INSTRUCTIONS.wait_copies
     monkeypatch.setattr(INSTRUCTIONS, "wait_copies", lambda self, groups: wait(self, groups + 1))
     with pytest.raises(AssertionError, match="products under way may read"):
-        small(rng)
+        small(rng, dtype)
 
 
-def test_the_emulation_notices_sums_that_were_not_waited_for(rng, monkeypatch):
+@DTYPES
+def test_the_emulation_notices_sums_that_were_not_waited_for(dtype, rng, monkeypatch):
     monkeypatch.setattr(INSTRUCTIONS, "wait_products", lambda self, count: lambda sums, i: None)
     with pytest.raises(AssertionError, match="overwrote what products under way may read"):
-        small(rng)
+        small(rng, dtype)

@@ -137,7 +137,14 @@ def kernels(capability: tuple[int, int]) -> list:
 
 def fast_kernels(capability: tuple[int, int]) -> Iterator:
     """The fast tier's, as its operations make them."""
-    from fastsepconv.kernels.cuda import depthwise_window, partial_sums, pointwise_tensor, separable_rows, tiles
+    from fastsepconv.kernels.cuda import (
+        depthwise_window,
+        partial_sums,
+        pointwise_tensor,
+        separable_rows,
+        tiles,
+        transposition,
+    )
     from fastsepconv.kernels.cuda.fast_kernels import ELEMENTS, made
 
     for dtype, gemm in itertools.product(("bfloat16", "float16"), tiles.SEPARABLE_GEMMS):
@@ -147,11 +154,13 @@ def fast_kernels(capability: tuple[int, int]) -> Iterator:
         yield made(depthwise_window.backward, dtype, tiles.GRADIENT_WINDOW).kernel
         for window in tiles.WINDOWS[dtype].values():
             yield made(depthwise_window.forward, dtype, window).kernel
-    makers = pointwise_tensor.forward, pointwise_tensor.input_gradient, pointwise_tensor.kernel_gradient
     warpgroups = tiles.WARPGROUP_POINTWISE if capability == tiles.HOPPER[:2] else {}
     for dtype, found in (*tiles.POINTWISE.items(), *warpgroups.items()):
-        for tile, make in itertools.product(found, makers):
-            yield made(make, dtype, tile).kernel
+        for tile in found:
+            for make in pointwise_tensor.factories(dtype, tile):
+                yield made(make, dtype, tile).kernel
+    if warpgroups:
+        yield made(transposition.transpose, "tf32").kernel
     for dtype in ELEMENTS:
         yield made(partial_sums.add_partials, dtype).kernel
 
