@@ -1,11 +1,18 @@
 # `make demo` and `make test` set everything up in .venv and run; set-up is skipped while pyproject.toml stays the same.
 #   PYTHON=...  the Python (3.11 to 3.13) to build .venv from; test-cuda and bench-cuda run on it as it is
+#   OUT=...     the folder where test-cuda and bench-cuda write what they found, instead of bench/results and the README
+#   FOR=...     the Python of the machine with a card, e.g. FOR=3.12, for which `wheels` downloads
 #   TORCH=...   the PyTorch that test-torch installs, e.g. TORCH=torch==2.13.0; pip's newest may bring gigabytes for CUDA
 #   ARGS=...    passed on, e.g. make test ARGS="tests/kernels -x"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-torch test-cuda12 test-cuda bench bench-cuda lint format clean
+.PHONY: help demo test test-torch test-cuda12 wheels test-cuda bench bench-cuda lint format clean
 .SILENT:
+.NOTPARALLEL: # nothing runs beside a race
+# A failed test keeps no race from being run, which looks itself at what is right; make fails in the end all the same.
+ifneq ($(filter bench-cuda,$(MAKECMDGOALS)),)
+MAKEFLAGS += -k
+endif
 
 BIN := .venv/bin
 ARGS ?=
@@ -30,6 +37,9 @@ test-torch: ## set up .venv-torch, without TensorFlow, then run the tests of Ker
 test-cuda12: ## set up .venv-cuda12, then test with CUDA 12 what compiles and starts the CUDA kernels, without a card
 	$(setup) cuda12 cuda12 .venv-cuda12
 	.venv-cuda12/bin/pytest $(or $(ARGS),$(addprefix tests/kernels/cuda/test_,assembly.py fast_assembly.py launch.py fast_tier.py))
+
+wheels: ## download what the training and the race of networks want on a machine with a card; FOR=3.12, its Python
+	$(or $(PYTHON),python3) scripts/wheels.py $(if $(FOR),--python $(FOR)) $(ARGS)
 
 test-cuda: ## on a machine with a card: test the CUDA kernels with PYTHON (python3) as it is, setting nothing up
 	$(or $(PYTHON),python3) scripts/on_card.py test $(ARGS)

@@ -1,10 +1,10 @@
 """The CUDA kernels raced against cuDNN, cuBLAS and torch.compile, and whole networks, on the card that is here.
 
-`python -m fastsepconv.bench.cuda [--quick] [--seconds S] [--only TEXT] [--tier plain] [--save FILE]`
+`python -m fastsepconv.bench.cuda [--quick] [--seconds S] [--only TEXT] [--tier plain] [--folder DIR]`
 
 Before its times count, each provider's results are held against float64; whoever computes something else is not timed.
 Times are those of CUDA graphs' replays, networks' those of calls, by events, providers in turns. The run is saved as
-JSON under bench/results/.
+JSON.
 """
 
 from __future__ import annotations
@@ -54,17 +54,21 @@ def main(arguments: list[str] | None = None) -> int:
         chosen = [problem for problem in chosen if problem.op != "network"]
     seconds = args.seconds or (QUICK_SECONDS if args.quick else SECONDS)
     each = QUICK_SECONDS_A_PROBLEM if args.quick else SECONDS_A_PROBLEM
-    file = args.save or RESULTS / f"cuda-{_slug(run['card'])}.json"
+    args.folder.mkdir(parents=True, exist_ok=True)
+    file = args.folder / f"cuda-{_slug(run['card'])}.json"
 
     def tell(record: dict) -> None:
         _say(cuda_report.problem_line(record, run["ceilings"]))
         file.write_text(json.dumps(run, indent=1) + "\n")  # each time: a run that is cut off tells what it knows
 
-    race_all(run, chosen, seconds, lambda problem: race_one(problem, each), tell)
+    try:
+        race_all(run, chosen, seconds, lambda problem: race_one(problem, each), tell)
+    except KeyboardInterrupt:
+        _say("Interrupted.")  # and what is known is told
+        run["interrupted"] = True
     file.write_text(json.dumps(run, indent=1) + "\n")
     _say(f"\n{cuda_report.markdown(run)}\nSaved as {file}")
-    statuses = {entry["status"] for record in run["problems"] for entry in record["providers"].values()}
-    return CHECK_FAILED if "wrong" in statuses or any(_ours_failed(record) for record in run["problems"]) else OK
+    return OK if _all_is_right(run) else CHECK_FAILED
 
 
 def obstacle() -> str | None:
@@ -110,17 +114,18 @@ def race_all(
     one: Callable[[Any], dict],
     tell: Callable[[dict], None],
 ) -> None:
-    """Race the problems into the run one by one. When the time is over, or nobody can compute any more because a kernel
-    has left the card with an error, the others are noted as left out.
+    """Race the problems into the run one by one, until the time is over, or nobody can compute any more because a
+    kernel has left the card with an error. Which are left out so far is noted at each moment.
     """
     end, lost = time.monotonic() + seconds, False
+    run["left_out"] += [problem.name for problem in chosen]
     for problem in chosen:
         if lost or time.monotonic() > end:
-            run["left_out"].append(problem.name)
-            continue
+            break
         record = {**asdict(problem), "name": problem.name, "group": problem.group}
         record |= {"flops": problem.flops, "least_bytes": problem.least_bytes, "providers": one(problem)}
         run["problems"].append(record)
+        run["left_out"].remove(problem.name)
         failed = all(entry["status"] == "failed" for entry in record["providers"].values())
         lost = failed and problem.op != "network"  # that may lack memory; if it is the card, the next one shows it
         tell(record)
@@ -197,8 +202,11 @@ def _error(result, exact) -> float:
     return float((result.double() - exact).abs().max() / exact.abs().max().clamp(min=1e-30))
 
 
-def _ours_failed(record: dict) -> bool:
-    return record["providers"][cuda_report.OURS]["status"] != "timed"
+def _all_is_right(run: dict) -> bool:
+    """Whether nobody computed anything wrong, ours was timed each time, and the race came to its end."""
+    wrong = any(entry["status"] == "wrong" for record in run["problems"] for entry in record["providers"].values())
+    failed = any(record["providers"][cuda_report.OURS]["status"] != "timed" for record in run["problems"])
+    return not (wrong or failed or run.get("interrupted"))
 
 
 def _version(name: str) -> str:
@@ -220,11 +228,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "python -m fastsepconv.bench.cuda", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="batch 32 and fewer shapes, within 3 minutes")
+    parser.add_argument("--quick", action="store_true", help="fewer shapes, nearly all of batch 32, within 3 minutes")
     parser.add_argument("--seconds", type=float, help="no problem is begun after this many seconds")
     parser.add_argument("--only", default="", metavar="TEXT", help="problems whose names contain TEXT")
     parser.add_argument("--tier", choices=("plain", "fast"), help="default: what FASTSEPCONV_CUDA_TIER says")
-    parser.add_argument("--save", type=Path, metavar="FILE", help="default: bench/results/cuda-CARD.json")
+    parser.add_argument(
+        "--folder", type=Path, metavar="DIR", default=RESULTS, help="for cuda-CARD.json (bench/results)"
+    )
     return parser
 
 

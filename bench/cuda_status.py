@@ -2,8 +2,9 @@
 
 `python -m fastsepconv.bench.cuda_status [--ledger LEDGER.jsonl] [--readme README.md]`
 
-A ledger has two lines a test, each with operation, tier, dtype and card: "begun", then "passed", "failed" or "skipped".
-What none of its lines tell of has never run on that card. The table of the README is made from the JSON alone.
+A ledger has two lines a test, each with a card and either operation, tier and dtype or a way to the kernels: "begun",
+then "passed", "failed" or "skipped". What none of its lines tell of has never run on that card. The README's tables are
+made from the JSON alone.
 """
 
 from __future__ import annotations
@@ -26,13 +27,14 @@ OPERATIONS = tuple(
 )
 TIERS = ("plain", "fast")
 DTYPES = ("float32", "float64", "float16", "bfloat16")
+WAYS = ("array API", "Keras on TensorFlow", "Keras on torch")
 PASSED, FAILED, NEVER = "passed", "failed", "never run on a card"
 
 
 def blank() -> dict:
     """The status of kernels that no card has seen."""
     states = {operation: {tier: dict.fromkeys(DTYPES, NEVER) for tier in TIERS} for operation in OPERATIONS}
-    return {"format": FORMAT, "card": None, "date": None, "states": states}
+    return {"format": FORMAT, "card": None, "date": None, "states": states, "ways": dict.fromkeys(WAYS, NEVER)}
 
 
 def of_ledger(lines: Iterable[dict], date: str) -> dict:
@@ -40,13 +42,18 @@ def of_ledger(lines: Iterable[dict], date: str) -> dict:
     status = blank()
     events: Counter[tuple[str, ...]] = Counter()
     for line in lines:
-        events[line["operation"], line["tier"], line["dtype"], line["event"]] += 1
+        names = ("way",) if "way" in line else ("operation", "tier", "dtype")
+        events[*(line[name] for name in names), line["event"]] += 1
         status["card"], status["date"] = line["card"], date
-    for *kernel, _ in events:
-        begun, passed, failed, skipped = (events[*kernel, name] for name in ("begun", PASSED, FAILED, "skipped"))
-        operation, tier, dtype = kernel
+    for *what, _ in events:
+        begun, passed, failed, skipped = (events[*what, name] for name in ("begun", PASSED, FAILED, "skipped"))
         whole = begun == passed + skipped and not failed
-        status["states"][operation][tier][dtype] = (PASSED if passed else NEVER) if whole else FAILED
+        state = (PASSED if passed else NEVER) if whole else FAILED
+        if len(what) == 1:
+            status["ways"][what[0]] = state
+        else:
+            operation, tier, dtype = what
+            status["states"][operation][tier][dtype] = state
     return status
 
 
@@ -58,8 +65,9 @@ def markdown(status: dict) -> str:
         for tier, states in tiers.items()
     ]
     where = f"On {status['card']}, {status['date']}" if status["card"] else "No card has been at hand yet"
-    said = f"{where}; `make test-cuda` on a machine with one writes this table, from its tests' results."
-    return f"{said}\n\n{table(['CUDA kernels', 'tier', *DTYPES], rows)}\n"
+    said = f"{where}; `make test-cuda` on a machine with one writes these tables, from its tests' results."
+    ways = table(["way to the CUDA kernels", "on a card"], [[*each] for each in status["ways"].items()])
+    return f"{said}\n\n{ways}\n\n{table(['CUDA kernels', 'tier', *DTYPES], rows)}\n"
 
 
 def load(file: Path = FILE) -> dict:

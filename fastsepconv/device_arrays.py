@@ -187,7 +187,7 @@ def _card_of(name: str, address: int, size: int) -> int:
 
     if driver.SIMULATED or size == 0:
         return 0
-    with driver.turned_to(driver.device(0)):
+    with driver.turned_to(driver.first_device()):
         card = driver.device_of(address)
     if card is None:
         raise checks.invalid(name, "an array in the memory of a card", hex(address), " at the computer's own address")

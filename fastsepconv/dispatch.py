@@ -68,6 +68,7 @@ def set_backend(name: str) -> None:
         name: "auto" (the fastest that can run here), "cpu" (Numba kernels), "cuda" (Numba kernels on an
             NVIDIA card; NumPy arrays are copied there and back, arrays on the card are not), or "reference" (the
             formulas in plain float64 NumPy: slow, for checking). Under "auto" arrays on a card run on "cuda".
+            The README tells what of "cuda" has been run on a card.
 
     Raises:
         ValueError: the name is none of these, or that backend cannot run here; the message says what is missing.

@@ -64,8 +64,9 @@ def obstacle() -> str | None:
         return "there is no NVIDIA driver (libcuda cannot be loaded)"
     if not cards:
         return f"no card is seen (the NVIDIA driver is {driver})"
-    if cards[0].capability < LEAST_CAPABILITY:
-        return f"the card, {cards[0]}, is too old: compute capability {_dotted(LEAST_CAPABILITY)} or newer is needed"
+    if all(card.capability < LEAST_CAPABILITY for card in cards):
+        old = f"the card, {cards[0]}, is" if len(cards) == 1 else f"the cards, {', '.join(map(str, cards))}, are"
+        return f"{old} too old: compute capability {_dotted(LEAST_CAPABILITY)} or newer is needed"
     if not _finds_compiler():
         return f"numba-cuda does not find NVIDIA's compiler, NVVM, {_BRINGS_IT}; CUDA_HOME names a toolkit elsewhere"
     return None

@@ -5,8 +5,10 @@
     python3 scripts/on_card.py python [ARGUMENT...]            Python, where `import fastsepconv` works
 
 Needed are PyTorch, numba-cuda, pytest and a card. What else is wanted (Keras, say) may lie as wheels in the folder
-wheels/, from where it is unpacked. pyproject.toml puts kernels/ and bench/ inside the package; without installation
-links in build/on-card/ do.
+wheels/, where `scripts/wheels.py` puts it, and is unpacked. pyproject.toml puts kernels/ and bench/ inside the package;
+without installation links in build/on-card/ do.
+
+What is found out is written into the folder that the variable OUT names, or into bench/results/ and the README.
 """
 
 from __future__ import annotations
@@ -19,12 +21,12 @@ import signal
 import subprocess
 import sys
 import time
-import zipfile
 from pathlib import Path
+
+import wheels
 
 ROOT = Path(__file__).resolve().parents[1]
 TREE = ROOT / "build" / "on-card"
-LEDGER = ROOT / "build" / "cuda-ledger.jsonl"
 INSIDE = {"kernels": "kernels", "bench": "bench"}  # folders that are installed inside the package, by their names there
 TESTS = ("kernels/cuda/test_*on_card*.py", "bridge/test_*on_card*.py")
 WARM_UP = ("-m", "tests.kernels.cuda.warm_up")
@@ -45,10 +47,18 @@ def lay_out(tree: Path = TREE) -> Path:
     for name, folder in INSIDE.items():
         (package / name).symlink_to(ROOT / folder)
     (tree / "tests").symlink_to(ROOT / "tests")
-    for wheel in sorted((ROOT / "wheels").glob("*.whl")):
-        with zipfile.ZipFile(wheel) as file:
-            file.extractall(tree)
+    wheels.unpack(ROOT / "wheels", tree)
     return tree
+
+
+def out() -> Path | None:
+    """The folder that OUT names, made where it is not there; None: everything has its place in the checkout."""
+    named = os.environ.get("OUT")
+    if not named:
+        return None
+    folder = Path(named).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def environment(tree: Path) -> dict[str, str]:
@@ -79,7 +89,9 @@ def test(settings: dict[str, str], arguments: list[str]) -> int:
 
     First all kernels are compiled, on all cores; where nothing can be tested, that says so, and no test begins.
     """
-    LEDGER.unlink(missing_ok=True)
+    folder = out()
+    ledger = (folder or ROOT / "build") / "cuda-ledger.jsonl"
+    ledger.unlink(missing_ok=True)
     end = time.monotonic() + TEST_SECONDS
     # Each worker computes what is true; as many threads in every one of them would only get in each other's way.
     settings = {"OMP_NUM_THREADS": "2", "OPENBLAS_NUM_THREADS": "2", **settings}
@@ -87,7 +99,7 @@ def test(settings: dict[str, str], arguments: list[str]) -> int:
     if ready == MISSING:
         return MISSING
     # PyTorch's deterministic mode, by which new memory is full of NaN, wants cuBLAS's workspace to be fixed.
-    settings = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", **settings, "FASTSEPCONV_CUDA_LEDGER": str(LEDGER)}
+    settings = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", **settings, "FASTSEPCONV_CUDA_LEDGER": str(ledger)}
     files = [str(file) for pattern in TESTS for file in sorted((ROOT / "tests").glob(pattern))]
     command = ["-m", "pytest", "-m", "cuda", "-p", "no:cacheprovider", "--tb=short", "--durations=10", *files]
     if importlib.util.find_spec("xdist"):
@@ -95,8 +107,18 @@ def test(settings: dict[str, str], arguments: list[str]) -> int:
     else:
         print("pytest-xdist is missing: if a kernel fails so that the card has to be left, later tests fail too.")
     code = run(settings, command + arguments, end - time.monotonic())
-    written = run(settings, ["-m", "fastsepconv.bench.cuda_status", "--ledger", str(LEDGER)])
+    # Without OUT the README too, which says what the status says.
+    into = ["--file", str(folder / "cuda-status.json")] if folder else ["--readme", str(ROOT / "README.md")]
+    written = run(settings, ["-m", "fastsepconv.bench.cuda_status", "--ledger", str(ledger), *into])
     return ready or code or written
+
+
+def bench(settings: dict[str, str], arguments: list[str]) -> int:
+    """Race, within its time where that is asked to be short."""
+    folder = out()
+    into = ["--folder", str(folder)] if folder else []
+    seconds = QUICK_SECONDS if "--quick" in arguments else None
+    return run(settings, ["-m", "fastsepconv.bench.cuda", *into, *arguments], seconds)
 
 
 def run(settings: dict[str, str], command: list[str], seconds: float | None = None) -> int:
@@ -125,8 +147,7 @@ def main(what: str, *arguments: str) -> int:
     if what == "test":
         return test(settings, [*arguments])
     if what == "bench":
-        quick = QUICK_SECONDS if "--quick" in arguments else None
-        return run(settings, ["-m", "fastsepconv.bench.cuda", *arguments], quick)
+        return bench(settings, [*arguments])
     return run(settings, [*arguments])
 
 

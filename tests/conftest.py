@@ -16,6 +16,8 @@ import pytest
 from fastsepconv import dispatch
 from fastsepconv.kernels import nvidia
 
+from . import ledger
+
 # The CPU's kernels are not optional: where they cannot run, the tests that need them fail.
 BACKENDS = ("reference", "cpu", *(name for name in dispatch.runnable() if name not in ("reference", "cpu")))
 
@@ -50,3 +52,15 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         why_not = "the simulator is no card" if nvidia.is_simulated() else nvidia.obstacle()
         if why_not:
             pytest.skip(f"needs an NVIDIA card: {why_not}")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item):
+    """On a card the tests of a module that names a WAY_TO_A_CARD tell whether it works."""
+    report = yield
+    way = getattr(getattr(item, "module", None), "WAY_TO_A_CARD", None)
+    if way and report.when == "setup" and report.passed:
+        ledger.write("begun", way=way)
+    if way and report.when == "call":
+        ledger.write(report.outcome, way=way)
+    return report

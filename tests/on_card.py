@@ -5,12 +5,13 @@ Whoever imports this module is skipped where PyTorch is not installed.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 
 import pytest
+
+from . import ledger
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
@@ -18,7 +19,6 @@ TIERS = ("plain", "fast")
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 DEVICE = "cuda"  # a rehearsal without a card puts "cpu" here
 GUARD = 256  # elements before and behind an array that nobody may write to
-LEDGER = "FASTSEPCONV_CUDA_LEDGER"
 
 
 @pytest.fixture(autouse=True)
@@ -69,15 +69,7 @@ def noted(operation: str, tier: str, dtype: str):
 
 
 def note(operation: str, tier: str, dtype: str, event: str) -> None:
-    """A line of the ledger, if one is kept: `make test-cuda` says where."""
-    if LEDGER in os.environ:
-        line = {"operation": operation, "tier": tier, "dtype": dtype, "event": event, "card": card()}
-        with open(os.environ[LEDGER], "a") as file:
-            file.write(json.dumps(line) + "\n")
-
-
-def card() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    ledger.write(event, operation=operation, tier=tier, dtype=dtype)
 
 
 def guarded(shape: Sequence[int], dtype: str, shift: int = 0):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -25,7 +26,8 @@ SCRIPT = ROOT / "scripts" / "on_card.py"
 
 
 @pytest.fixture
-def script():
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPT.parent)  # where Python finds what the script imports
     spec = importlib.util.spec_from_file_location("on_card", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -52,16 +54,67 @@ print("kernels" in sys.modules, "" in sys.path)
     assert len(modules) == 4 and last == "False False"
 
 
-def test_wheels_that_travel_along_are_unpacked(script, monkeypatch, tmp_path):
+def test_wheels_that_travel_along_are_unpacked_and_those_for_another_python_told(script, monkeypatch, tmp_path, capsys):
     for folder in ("fastsepconv", "kernels", "bench", "tests", "wheels"):
         (tmp_path / folder).mkdir()
-    with zipfile.ZipFile(tmp_path / "wheels" / "some-1.0-py3-none-any.whl", "w") as wheel:
-        wheel.writestr("some/__init__.py", "")
+    for name, tags in {"some": "py3-none-any", "other": "cp38-cp38-manylinux2014_x86_64"}.items():
+        with zipfile.ZipFile(tmp_path / "wheels" / f"{name}-1.0-{tags}.whl", "w") as wheel:
+            wheel.writestr(f"{name}/__init__.py", "")
+    (tmp_path / "wheels" / "broken-1.0-py3-none-any.whl").write_text("half of it")
     monkeypatch.setattr(script, "ROOT", tmp_path)
     tree = script.lay_out(tmp_path / "tree")
-    assert (tree / "some" / "__init__.py").exists()
+    assert (tree / "some" / "__init__.py").exists() and not (tree / "other").exists()
+    broken, other = capsys.readouterr().err.splitlines()
+    assert broken.startswith("broken-1.0-py3-none-any.whl is no wheel, and left out")
+    here = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    assert "other-1.0-cp38" in other and "is not for this Python" in other and f"`make wheels FOR={here}`" in other
     assert (tree / "fastsepconv" / "kernels").resolve() == tmp_path / "kernels"
     assert script.lay_out(tree) == tree, "and once more over what is there"
+
+
+def test_wheels_are_told_by_their_names(script, monkeypatch):
+    suits = script.wheels.suits
+    monkeypatch.setattr(script.wheels.sys, "version_info", (3, 12, 3))
+    monkeypatch.setattr(script.wheels.sys, "platform", "linux")
+    monkeypatch.setattr(script.wheels.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(script.wheels.sysconfig, "get_config_var", lambda name: None)
+    tags = ["cp312-cp312-manylinux_2_27_x86_64.manylinux_2_28_x86_64", "py3-none-any", "py2.py3-none-any"]
+    tags += ["cp39-abi3-manylinux2014_x86_64", "1-cp312-none-linux_x86_64", "py312-none-any"]
+    assert all(suits(f"some-1.0-{each}.whl") for each in tags)
+    others = ["cp311-cp311-manylinux2014_x86_64", "cp312-cp312-manylinux2014_aarch64", "cp312-cp312-macosx_11_0_arm64"]
+    others += ["cp313-abi3-manylinux2014_x86_64", "cp312-cp312t-manylinux2014_x86_64", "py2-none-any"]
+    others += ["cp312-cp312-musllinux_1_2_x86_64", "cp312-cp312-win_amd64"]
+    assert not any(suits(f"some-1.0-{each}.whl") for each in others)
+    monkeypatch.setattr(script.wheels.sysconfig, "get_config_var", lambda name: 1)
+    assert suits("some-1.0-cp312-cp312t-linux_x86_64.whl") and not suits("some-1.0-cp39-abi3-linux_x86_64.whl")
+
+
+def test_wheels_are_downloaded_for_the_python_that_is_named_each_package_once(script, monkeypatch, tmp_path, capsys):
+    def pip(command, check):
+        folder = Path(command[command.index("--dest") + 1])
+        for package in command[-2:]:
+            (folder / f"{package}-2.0-cp312-cp312-manylinux2014_x86_64.whl").touch()
+        asked.extend(command)
+        return SimpleNamespace(returncode=0)
+
+    asked, folder = [], tmp_path / "wheels"
+    folder.mkdir()
+    for name in ("optree-1.0-cp311-cp311-linux_x86_64.whl", "other-1.0-py3-none-any.whl"):
+        (folder / name).touch()
+    monkeypatch.setattr(script.wheels.subprocess, "run", pip)
+    assert script.wheels.download(["keras", "optree"], "3.12", folder) == 0
+    assert asked[asked.index("--python-version") + 1] == "3.12" and "manylinux_2_28_x86_64" in asked
+    ending = "2.0-cp312-cp312-manylinux2014_x86_64.whl"
+    assert sorted(wheel.name for wheel in folder.iterdir()) == [
+        f"keras-{ending}", f"optree-{ending}", "other-1.0-py3-none-any.whl",
+    ]  # fmt: skip
+    assert "for Python 3.12: keras-2.0" in capsys.readouterr().out
+
+
+def test_a_download_that_fails_leaves_the_folder_as_it_is(script, monkeypatch, tmp_path):
+    monkeypatch.setattr(script.wheels.subprocess, "run", lambda *arguments, **more: SimpleNamespace(returncode=1))
+    assert script.wheels.download(["keras"], "3.12", tmp_path / "wheels") == 1
+    assert not (tmp_path / "wheels").exists()
 
 
 def test_every_package_has_its_place_in_the_tree(script):
@@ -161,7 +214,61 @@ def test_without_a_card_no_test_begins():
 @pytest.mark.skipif(nvidia.obstacle() is None, reason="there is a card here")
 def test_without_a_card_the_race_says_so():
     done = run("bench", "--quick")
-    assert done.returncode == 4 and done.stderr.startswith("The CUDA kernels cannot be raced here: ")
+    assert done.returncode == 4 and "The CUDA kernels cannot be raced here: " in done.stderr.splitlines()[-1]
+
+
+@pytest.fixture
+def fake_python(tmp_path):
+    """A Python that notes what it is asked to run, and fails at what it is told to fail at."""
+    file = tmp_path / "python"
+    file.write_text(f'#!/bin/sh\necho "$2" >> "{tmp_path}/ran"\n[ "$2" != "$FAILS" ]\n')
+    file.chmod(0o755)
+    return file
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize("fails", ["test", "bench", "nothing"])
+@pytest.mark.parametrize("options", [[], ["-j2"]], ids=["", "-j2"])
+def test_what_passed_is_raced_even_where_a_test_failed_and_that_is_told(tmp_path, fake_python, fails, options):
+    done = subprocess.run(
+        ["make", "-C", str(ROOT), *options, "test-cuda", "bench-cuda", f"PYTHON={fake_python}"],
+        env=os.environ | {"FAILS": fails}, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert (tmp_path / "ran").read_text().split() == ["test", "bench"]
+    assert bool(done.returncode) == (fails != "nothing"), done.stdout + done.stderr
+
+
+@pytest.fixture
+def commands(script, monkeypatch, tmp_path):
+    """What the script would run, which all passes."""
+    ran = []
+    monkeypatch.setattr(script, "run", lambda settings, command, seconds=None: ran.append(command) or 0)
+    monkeypatch.setattr(script, "ROOT", tmp_path)
+    return ran
+
+
+def test_what_is_found_out_is_written_where_out_says(script, commands, monkeypatch, tmp_path):
+    folder = tmp_path / "comes" / "back"
+    monkeypatch.setenv("OUT", str(folder))
+    assert script.test({}, []) == script.bench({}, ["--quick"]) == 0
+    *_, status, race = commands
+    ledger, file = folder / "cuda-ledger.jsonl", folder / "cuda-status.json"
+    assert status[1:] == ["fastsepconv.bench.cuda_status", "--ledger", str(ledger), "--file", str(file)]
+    assert race[1:] == ["fastsepconv.bench.cuda", "--folder", str(folder), "--quick"] and folder.is_dir()
+
+
+def test_without_out_it_is_written_into_the_checkout_and_the_readmes_table_too(script, commands, monkeypatch, tmp_path):
+    monkeypatch.delenv("OUT", raising=False)
+    script.test({}, [])
+    script.bench({}, [])
+    *_, status, race = commands
+    assert status[2:] == [
+        "--ledger",
+        str(tmp_path / "build/cuda-ledger.jsonl"),
+        "--readme",
+        str(tmp_path / "README.md"),
+    ]
+    assert race[1:] == ["fastsepconv.bench.cuda"]
 
 
 def test_what_it_does_not_know_is_refused():

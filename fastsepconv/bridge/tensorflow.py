@@ -5,9 +5,9 @@ package's. Where TensorFlow's C API cannot be had (or FASTSEPCONV_TF_BRIDGE=nump
 in, with a warning. To load a SavedModel that holds these ops, import this module first: that makes them known.
 
 The backend is that of `set_backend` when an operation runs, or when the graph that holds it is built. Tensors on a GPU
-of TensorFlow's are computed there by the CUDA kernels under "auto" and "cuda" (`tensorflow_card`), which have never run
-on one. Otherwise backends other than the CPU's take the way of `tf.numpy_function` too: on "cuda" what TensorFlow holds
-on the CPU is copied to the card and back.
+of TensorFlow's are computed there by the CUDA kernels under "auto" and "cuda" (`tensorflow_card`); whether they have
+been on one, the README tells. Otherwise backends other than the CPU's take the way of `tf.numpy_function` too: on
+"cuda" what TensorFlow holds on the CPU is copied to the card and back.
 
 x is `[N,H,W,C]`, or `[N,C,H,W]` under "channels_first". Tensors, variables and arrays are taken; float16 and bfloat16
 are computed in float32.

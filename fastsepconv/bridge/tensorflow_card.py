@@ -1,9 +1,9 @@
 """The ops on a card: kernels of TensorFlow's device "GPU", which work on its tensors where they are.
 
-Never run on a card. The other way, DLPack in a `tf.py_function`, was not taken: TensorFlow keeps the last inputs and
-outputs of each such function for a gradient that is not its own, a graph that holds one cannot be saved, and who places
-it is Python. A registered kernel is an op like any other: placed by TensorFlow, on each card of a strategy, in
-SavedModels, with the shapes and the gradients that the op has on the CPU.
+Whether they have run on one, the README tells. The other way, DLPack in a `tf.py_function`, was not taken: TensorFlow
+keeps the last inputs and outputs of each such function for a gradient that is not its own, a graph that holds one
+cannot be saved, and who places it is Python. A registered kernel is an op like any other: placed by TensorFlow, on each
+card of a strategy, in SavedModels, with the shapes and the gradients that the op has on the CPU.
 
 TensorFlow keeps its streams to itself, and hands memory out while work that it has put into them may still use it. So
 the kernels here run on the thread's own stream, and wait: for all work on the card once TensorFlow has given memory,
@@ -22,7 +22,8 @@ import ctypes
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
 
 import llvmlite.binding
 import numpy as np
@@ -49,6 +50,9 @@ from .tensorflow_capi import (
     new_status,
 )
 from .tensorflow_kernels import fail
+
+if TYPE_CHECKING:
+    from ..kernels.cuda import driver
 
 _UINT8 = 4  # TF_UINT8
 _NAMES = tuple(registration.DEFINITIONS)
@@ -181,14 +185,23 @@ class _Run:
         self._stream = driver.own_stream(self._card_of(addresses[0])) if addresses else None
         self.inputs = [self._array(*each) for each in inputs]
         self._temporaries: list[int] = []
-        self._lent = memory.room_from(self._room)
+        self._held = contextlib.ExitStack()
+        self._room_from = memory.room_from
 
     def __enter__(self) -> _Run:
-        self._lent.__enter__()
+        if self._stream:
+            self._held.enter_context(self._driver.turned_to(self._stream.device))
+        self._held.callback(self._finish)
+        self._held.enter_context(self._room_from(self._room))
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self._lent.__exit__(None, None, None)
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Wait, give the memory back, and leave the thread with the card that it had."""
+        self._held.__exit__(kind, error, trace)
+
+    def _finish(self) -> None:
         try:
             if self._stream:
                 self._driver.synchronize(self._stream, "Computing on the card")
@@ -233,11 +246,13 @@ class _Run:
         card, handle = (self._stream.device.ordinal, self._stream.handle) if self._stream else (0, 0)
         return DeviceArray(address or 0, shape, contiguous_strides(shape), self._dtype, card, handle, True, None)
 
-    def _card_of(self, address: int) -> int:
-        card = 0 if self._driver.SIMULATED else self._driver.device_of(address)
+    def _card_of(self, address: int) -> driver.Device:
+        if self._driver.SIMULATED:
+            return self._driver.SIMULATOR
+        card = self._driver.device_of(address)
         if card is None:
             raise checks.invalid("x", "tensors in the memory of a card", hex(address), " at the computer's own address")
-        return card
+        return self._driver.device(card)
 
 
 def _sizes(shape: Sequence[int]) -> ctypes.Array:

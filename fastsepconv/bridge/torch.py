@@ -6,7 +6,7 @@ package's. They work on the tensors' own memory, unless that is not contiguous.
 x is `[N,H,W,C]`, or `[N,C,H,W]` under "channels_first", where `torch.channels_last` memory spares a copy. Tensors,
 variables of Keras's and arrays are taken; float16 and bfloat16 are computed in float32. Under `torch.autocast` the
 operands are cast as for PyTorch's own convolutions. Tensors on a card are computed there, on the current stream, by the
-CUDA kernels, which have never run on one.
+CUDA kernels; the README tells which of them have run on one.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Checks, memory and dtypes are the same on every device; `_kernels_on` says who computes on which. On the CPU it is the
 backend of `set_backend`; one that is not the CPU's own is handed arrays that share the tensors' memory. On a card it is
-the CUDA backend, on PyTorch's current stream. Memory for the results comes from PyTorch's own allocator; inputs are
-copied only where they are not contiguous, or of a half type on the CPU.
+the CUDA backend, on PyTorch's current stream. Memory for the results, and on a card for what lies between, comes from
+PyTorch's own allocator; inputs are copied only where they are not contiguous, or of a half type on the CPU.
 """
 
 from __future__ import annotations
@@ -162,7 +162,8 @@ def _on_arrays(kernels: ModuleType, kind: str, way: str, sizes: tuple, tensors: 
 
 def _on_card(kernels: ModuleType, kind: str, way: str, sizes: tuple, tensors: Sequence[Any]) -> None:
     """The same for tensors on a card, by the functions of the CUDA backend."""
-    with torch_cuda.current(tensors[0].device):
+    device = tensors[0].device
+    with torch_cuda.current(device), torch_cuda.lent_room(device):
         _call(kernels, kind, way, sizes, torch_cuda.described(tensors))
 
 

@@ -59,7 +59,10 @@ def add_backend_option(command: argparse.ArgumentParser) -> None:
     """Add --backend, whose value `choose_backend` takes."""
     from fastsepconv import dispatch
 
-    help = f"whose kernels compute (default: what {dispatch.ENVIRONMENT} says, else auto)"
+    help = (
+        f"whose kernels compute (default: what {dispatch.ENVIRONMENT} says, else auto); "
+        "the README tells what of cuda has been run on a card"
+    )
     command.add_argument("--backend", choices=dispatch.NAMES, help=help)
 
 

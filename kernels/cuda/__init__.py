@@ -11,6 +11,9 @@ Importing this needs numba-cuda. With NUMBA_ENABLE_CUDASIM=1 the plain kernels r
 from __future__ import annotations
 
 from ..geometry import Geometry
+from . import row_stack  # noqa: F401  # before all that compiles
+
+# isort: split
 from . import memory, tiers
 
 UNBOUNDED = (float("-inf"), float("inf"))

@@ -1,7 +1,10 @@
 """Compiled kernels, and where they are kept: machine code for one capability, found by what it was made from.
 
-A kernel goes from Python to PTX through numba-cuda and from PTX to machine code through NVIDIA's linker, both without
-a card. The folder on the disk stands for one state of the sources and of the versions of all that compiles them.
+A kernel goes from Python to PTX through numba-cuda and from PTX to machine code through NVIDIA's linker. No card is
+needed for that, but in one place: numba-cuda asks for the current one where a kernel of the fast tier calls a device
+function. The tests, without a card, put something in its place.
+
+The folder on the disk stands for one state of the sources and of the versions of all that compiles them.
 """
 
 from __future__ import annotations

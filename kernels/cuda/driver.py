@@ -21,6 +21,10 @@ if not SIMULATED:
 PER_THREAD_STREAM = 2  # the driver's own name for the calling thread's default stream
 
 
+class TooOld(RuntimeError):
+    """A card's compute capability is below that of the kernels."""
+
+
 class Device(NamedTuple):
     """A card, and the context that frameworks share on it."""
 
@@ -69,7 +73,8 @@ def device(ordinal: int) -> Device:
     """The card of that number, its context kept from now on.
 
     Raises:
-        RuntimeError: there is none, or it is too old for the kernels.
+        TooOld: the kernels need a newer one.
+        RuntimeError: there is none.
     """
     call("Starting the NVIDIA driver", api.cuInit, 0)
     count = call("Counting the cards", api.cuDeviceGetCount)
@@ -86,20 +91,25 @@ def device(ordinal: int) -> Device:
     major, minor = (call(f"Asking card {ordinal} its age", api.cuDeviceGetAttribute, part, handle) for part in parts)
     if (major, minor) < LEAST_CAPABILITY:
         needed = ".".join(map(str, LEAST_CAPABILITY))
-        raise RuntimeError(
-            f"Card {ordinal}, {name}, has compute capability {major}.{minor}: {needed} or newer is needed."
-        )
+        raise TooOld(f"Card {ordinal}, {name}, has compute capability {major}.{minor}: {needed} or newer is needed.")
     limit = attributes.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
     shared = call(f"Asking card {ordinal} its shared memory", api.cuDeviceGetAttribute, limit, handle)
     context = call(f"Starting card {ordinal}", api.cuDevicePrimaryCtxRetain, handle)
     return Device(ordinal, name, (major, minor), int(context), int(shared))
 
 
-def activate(device: Device) -> None:
-    """Make the card's context that of the calling thread."""
-    current = call("Asking for the current context", api.cuCtxGetCurrent)
-    if int(current) != device.context:
-        call(f"Turning to card {device.ordinal}", api.cuCtxSetCurrent, device.context)
+def first_device() -> Device:
+    """The first card that is not too old, where arrays of the computer's own go; all too old: `device`'s error."""
+    if SIMULATED:
+        return SIMULATOR
+    ordinal = 0
+    while True:
+        try:
+            return device(ordinal)
+        except TooOld:
+            ordinal += 1
+            if ordinal == call("Counting the cards", api.cuDeviceGetCount):
+                raise
 
 
 @contextlib.contextmanager
@@ -121,13 +131,9 @@ def turned_to(device: Device) -> Iterator[None]:
         clean_up("Turning back", api.cuCtxSetCurrent, before)
 
 
-def own_stream(ordinal: int = 0) -> Stream:
-    """The calling thread's default stream on a card, whose context becomes the thread's."""
-    if SIMULATED:
-        return Stream(0, SIMULATOR)
-    on = device(ordinal)
-    activate(on)
-    return Stream(PER_THREAD_STREAM, on)
+def own_stream(on: Device) -> Stream:
+    """The calling thread's default stream on a card: it is that only where the thread is `turned_to` the card."""
+    return Stream(0 if SIMULATED else PER_THREAD_STREAM, on)
 
 
 def allocate(size: int, what: str, stream: Stream) -> int:
@@ -171,8 +177,8 @@ def synchronize_card(stream: Stream, doing: str) -> None:
     """Wait until all that was put into any stream of the card in this process is done, whoever did."""
     if SIMULATED:
         return
-    activate(stream.device)
-    call(doing, api.cuCtxSynchronize)
+    with turned_to(stream.device):
+        call(doing, api.cuCtxSynchronize)
 
 
 def is_capturing(stream: Stream) -> bool:

@@ -4,7 +4,7 @@ A kernel is a Python function whose parameters have types given once: `CPointer`
 a card and flat arrays in the simulator, integers and floats, and `GEOMETRY`, whose fields it reads by name. Launching
 one packs its arguments and calls the driver, on the stream that is given. It does not wait, so that a launch can be
 captured into a CUDA graph, once an earlier one has loaded the kernel. With FASTSEPCONV_DEBUG=1 it does wait, and an
-error in a kernel is raised where that was launched.
+error in a kernel is raised where that was launched. Which kernels have been launched on a card, the README tells.
 """
 
 from __future__ import annotations

@@ -59,8 +59,8 @@ _lent = threading.local()  # .room: where the thread's calls have their memory f
 def room_from(room: Callable[[int], int]) -> Iterator[None]:
     """Within it what the thread's calls need for themselves comes from `room(bytes)`, an address on their card.
 
-    The memory has to be free for any stream's work when it is given, and to stay until what is put into the calls'
-    stream meanwhile is done.
+    The memory has to be free when the work runs that is put into the calls' stream from then on, and to stay until that
+    of the calls is done.
     """
     before, _lent.room = getattr(_lent, "room", None), room
     try:
@@ -100,14 +100,17 @@ def run(body: Callable[..., None], inputs: Mapping[str, Any], outputs: Mapping[s
         with driver.turned_to(stream.device):
             body(*map(_operand_of, arrays), stream)
     elif SIMULATED:
-        body(*(None if array is None else _simulated(array) for array in arrays), driver.own_stream())
+        stream = driver.own_stream(driver.SIMULATOR)
+        body(*(None if array is None else _simulated(array) for array in arrays), stream)
     else:
-        with driver.turned_to(driver.device(0)):
-            _run_copied(body, inputs, outputs)
+        on = driver.first_device()
+        with driver.turned_to(on):
+            _run_copied(body, inputs, outputs, driver.own_stream(on))
 
 
-def _run_copied(body: Callable[..., None], inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
-    stream = driver.own_stream()
+def _run_copied(
+    body: Callable[..., None], inputs: Mapping[str, Any], outputs: Mapping[str, Any], stream: Stream
+) -> None:
     with contextlib.ExitStack() as held:
         operands = [_copied(name, array, held, stream) for name, array in inputs.items()]
         targets = [_room_for(name, array, held, stream) for name, array in outputs.items()]
@@ -140,7 +143,7 @@ def _simulated(array: np.ndarray) -> Operand:
 
 def _stream_of(array: DeviceArray) -> Stream:
     if SIMULATED:
-        return driver.own_stream()
+        return driver.own_stream(driver.SIMULATOR)
     return Stream(array.stream, driver.device(array.device))
 
 

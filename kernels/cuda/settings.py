@@ -1,7 +1,7 @@
 """What the environment asks of the CUDA kernels, read at each call.
 
 FASTSEPCONV_CUDA_TIER   plain (the default), or fast: kernels for tensor cores and windows in registers, where they
-                        serve a call. Those have been assembled and emulated, never run on a card.
+                        serve a call. Tests assemble and emulate them; which have run on a card, the README tells.
 FASTSEPCONV_TF32        1: the fast tier computes products of float32 as TF32, with 11 bits of each factor, rounded to
                         nearest or, by warpgroups (see `warpgroup_tile`), cut off; 0 (the default): as three TF32
                         products, with the accuracy of float32.

@@ -1,7 +1,7 @@
 """Which kernels serve a call: for each operation the first row that does; the plain kernels, last, serve everything.
 
 A row's `serves` is asked with the operation's own arguments and answers from sizes, elements and addresses alone,
-without a look at the card's memory. The fast rows, which have never run on a card, are asked where
+without a look at the card's memory. The fast rows are asked where
 FASTSEPCONV_CUDA_TIER=fast says so, and not loaded before. `launch.log` ("fastsepconv.cuda", at DEBUG) and
 `launch.listeners` tell which kernels ran.
 """
@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 from . import depthwise, pointwise, separable, settings
 from .elements import SIMULATED
+
+HAVE_RUN = "the README tells which have run on a card"
 
 
 class Row(NamedTuple):
@@ -80,7 +82,7 @@ def explain() -> str:
     """
     numbers, plain = "TF32" if settings.tf32() else "three TF32 products", "plain kernels for every operation"
     if "fast" in _usable():
-        return f"fast kernels, never run on a card, where they serve (float32 as {numbers}), else {plain}"
+        return f"fast kernels where they serve (float32 as {numbers}), else {plain}; {HAVE_RUN}"
     if SIMULATED:
         return plain
-    return f"{plain}; {settings.TIER}=fast asks for faster ones, never run on a card"
+    return f"{plain}, and {settings.TIER}=fast asks for faster ones; {HAVE_RUN}"

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,6 +35,11 @@ def test_the_committed_status_knows_every_operation_tier_and_dtype():
         for tier, states in tiers.items():
             assert committed["states"][operation][tier].keys() == states.keys()
             assert set(committed["states"][operation][tier].values()) <= {PASSED, FAILED, NEVER}
+    assert committed["ways"].keys() == blank["ways"].keys() and set(committed["ways"].values()) <= {
+        PASSED,
+        FAILED,
+        NEVER,
+    }
     nothing_ran = {s for t in committed["states"].values() for states in t.values() for s in states.values()} == {NEVER}
     assert nothing_ran == (committed["card"] is None)
 
@@ -44,9 +53,51 @@ def test_one_failure_is_enough_and_what_did_not_run_never_did():
     }  # fmt: skip
     assert status["states"]["separable_backward"]["fast"]["bfloat16"] == PASSED
     assert set(status["states"]["pointwise_forward"]["fast"].values()) == {NEVER}
+    assert set(status["ways"].values()) == {NEVER}
     said = cuda_status.markdown(status)
     assert said.startswith("On A card, 2030-01-02; ")
     assert "| depthwise forward | plain | failed | failed | passed | never run on a card |" in said
+
+
+def test_the_ways_to_the_kernels_have_states_of_their_own():
+    events = {"array API": ["begun", "passed", "begun", "skipped"], "Keras on torch": ["begun", "passed", "begun"]}
+    ledger = [{"way": way, "event": event, "card": "A card"} for way, told in events.items() for event in told]
+    status = cuda_status.of_ledger([*ledger, *lines()], "2030-01-02")
+    assert status["ways"] == {"array API": PASSED, "Keras on TensorFlow": NEVER, "Keras on torch": FAILED}
+    assert status["states"]["depthwise_forward"]["plain"]["float32"] == PASSED
+    assert "| Keras on TensorFlow | never run on a card |" in cuda_status.markdown(status)
+
+
+def test_every_way_has_tests_on_a_card_that_tell_of_it():
+    named = re.compile(r'^WAY_TO_A_CARD = "(.*)"$', re.MULTILINE)
+    found = [
+        way for file in README.parent.glob("tests/**/test_*on_card*.py") for way in named.findall(file.read_text())
+    ]
+    assert sorted(found) == sorted(cuda_status.WAYS)
+
+
+def test_tests_that_name_a_way_write_down_how_it_went(tmp_path):
+    """pytest, with the hooks of these tests, on a module whose tests end in each way."""
+    (tmp_path / "test_way.py").write_text("""
+import pytest
+WAY_TO_A_CARD = "some way"
+def test_right(): pass
+def test_wrong(): assert False
+def test_not_here(): pytest.skip("no reason")
+@pytest.mark.skip
+def test_not_begun(): pass
+""")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.conftest", "-p", "no:cacheprovider", "-c", os.devnull]
+    paths = [str(README.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    settings = {"PYTHONPATH": os.pathsep.join(paths), "FASTSEPCONV_CUDA_LEDGER": str(tmp_path / "ledger")}
+    done = subprocess.run(
+        [*command, "--rootdir", str(tmp_path), "test_way.py"],
+        cwd=tmp_path, env=os.environ | settings, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert "1 failed, 1 passed, 2 skipped" in done.stdout, done.stdout + done.stderr
+    told = [json.loads(line) for line in (tmp_path / "ledger").read_text().splitlines()]
+    assert [line["event"] for line in told] == ["begun", PASSED, "begun", FAILED, "begun", "skipped"]
+    assert {line["way"] for line in told} == {"some way"}
 
 
 def test_a_ledger_becomes_the_status_and_the_readmes_table(tmp_path, capsys):

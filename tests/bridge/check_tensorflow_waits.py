@@ -5,6 +5,7 @@ The driver is a double, whose kernels do nothing; TensorFlow, its memory and all
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 
@@ -57,7 +58,7 @@ def test_kernels_wait_for_tensorflow_and_tensorflow_for_them(rng, second_card):
     KINDS["separable"](*inputs)
     # y is given, then mid: each may still be in use, until the card has nothing left to do
     assert second_card.named(CARD_WAITS, LAUNCHES, OWN_WAITS) == [CARD_WAITS, CARD_WAITS, LAUNCHES, LAUNCHES, OWN_WAITS]
-    assert second_card.calls[-1] == OWN_WAITS
+    assert second_card.calls[-2:] == [OWN_WAITS, "cuCtxSetCurrent"]
     assert not second_card.named("cuMemAllocAsync", "cuMemFreeAsync", "cuMemcpyHtoDAsync", "cuMemcpyDtoHAsync")
 
 
@@ -97,11 +98,25 @@ def test_launches_are_given_tensorflows_addresses_on_a_stream_of_their_own(rng, 
     x, kernel, bias = operands(rng, "pointwise", *SIZES, dtype="float32")
     y = KINDS["pointwise"](x, kernel, bias)
     (launch,) = second_card.launches
-    assert launch["stream"] == driver.PER_THREAD_STREAM and second_card.current == CONTEXT + SECOND
+    assert launch["stream"] == driver.PER_THREAD_STREAM and second_card.launched_in == CONTEXT + SECOND
     values = values_at(second_card.parameters, "qqqqQQQiQff")
     assert values[:3] == [84, 5, 6]
     assert values[4:9] == [*map(address_of, (x, kernel, bias)), 1, address_of(y)]
     assert given == [("AllocateOutput", address_of(y))]
+
+
+@pytest.mark.parametrize("fails", [None, LAUNCHES, OWN_WAITS, CARD_WAITS])
+def test_the_threads_card_stays_its_own(rng, second_card, fails):
+    """What else runs on TensorFlow's thread, PyTorch say, takes the current card from the thread's context."""
+    inputs = operands(rng, "separable", *SIZES, dtype="float32")
+    for before in (5, CONTEXT + SECOND):
+        second_card.current = before
+        if fails:
+            second_card.fails[fails] = second_card.CUresult.CUDA_ERROR_ILLEGAL_ADDRESS
+        with pytest.raises(tf.errors.InternalError) if fails else contextlib.nullcontext():
+            KINDS["separable"](*inputs)
+        assert second_card.current == before
+    assert fails in (CARD_WAITS, LAUNCHES) or second_card.launched_in == CONTEXT + SECOND
 
 
 def test_the_kernels_own_memory_is_tensorflows(rng, second_card, given):
@@ -142,7 +157,7 @@ def test_what_the_driver_refuses_is_told_by_the_operation(rng, second_card, func
     second_card.fails[function] = second_card.CUresult.CUDA_ERROR_ILLEGAL_ADDRESS
     with pytest.raises(tf.errors.InternalError, match=message):
         KINDS["pointwise"](*inputs)
-    assert second_card.calls[-1] == OWN_WAITS
+    assert second_card.calls[-2:] == [OWN_WAITS, "cuCtxSetCurrent"]
     second_card.fails.clear()
     assert KINDS["pointwise"](*inputs).shape == (2, 6, 7, 6)
 

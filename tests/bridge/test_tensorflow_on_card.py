@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 pytestmark = pytest.mark.cuda
+WAY_TO_A_CARD = "Keras on TensorFlow"
 ROOT = Path(__file__).parents[2]
 CHECKS = "tests/bridge/check_tensorflow_card.py"
 

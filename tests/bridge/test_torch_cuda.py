@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -55,7 +56,50 @@ def test_kernels_are_launched_on_pytorchs_stream_and_nothing_waits(rng, on_doubl
     KINDS[kind](*inputs).sum().backward()
     assert on_double.launches and {launch["stream"] for launch in on_double.launches} == {STREAM}
     assert not on_double.named("cuStreamSynchronize", "cuMemcpyHtoDAsync", "cuMemcpyDtoHAsync")
-    assert not on_double.memory  # what the kernels needed for themselves is given back
+    # What the kernels need for themselves is PyTorch's too.
+    assert not on_double.named("cuMemAllocAsync", "cuMemFreeAsync")
+
+
+@pytest.fixture
+def given(monkeypatch):
+    """References to what PyTorch gave the kernels for themselves, which let it go, and their addresses."""
+    from fastsepconv.bridge import torch_cuda
+
+    found, new_bytes = [], torch_cuda.new_bytes
+
+    def note(size, device):
+        tensor = new_bytes(size, device)
+        found.append((weakref.ref(tensor), tensor.data_ptr(), size))
+        return tensor
+
+    monkeypatch.setattr(torch_cuda, "new_bytes", note)
+    return found
+
+
+def test_memory_between_the_steps_is_pytorchs_and_held_until_all_is_launched(rng, on_double, given, monkeypatch):
+    launch, alive = on_double.cuLaunchKernel, []
+
+    def note(*arguments):
+        alive.append([tensor() is not None for tensor, *_ in given])
+        return launch(*arguments)
+
+    monkeypatch.setattr(on_double, "cuLaunchKernel", note)
+    KINDS["separable"](*(t.detach() for t in operands(rng, "separable", (2, 6, 7, 5), (3, 3), 1, 6, torch.float64)))
+    ((tensor, address, size),) = given
+    assert size == 2 * 4 * 5 * 5 * 8 and tensor() is None
+    assert alive == [[True], [True]]
+    values = values_at(on_double.parameters, "qqqqQQQiQdd")  # the product's, which reads what lies between
+    assert values[4] == address
+
+
+def test_memory_is_given_back_when_a_launch_fails(rng, on_double, given):
+    on_double.fails["cuLaunchKernel"] = on_double.CUresult.CUDA_ERROR_INVALID_VALUE
+    with pytest.raises(RuntimeError, match="Launching"):
+        KINDS["separable"](*operands(rng, "separable", (2, 6, 7, 5), (3, 3), 1, 6, torch.float32))
+    assert given and all(tensor() is None for tensor, *_ in given)
+    from fastsepconv.kernels.cuda import memory
+
+    assert memory._lent.room is None
 
 
 def test_a_launch_is_given_the_tensors_addresses(rng, on_double):

@@ -136,8 +136,8 @@ def test_a_whole_run_without_a_card(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Not a Card")
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setenv("FASTSEPCONV_CUDA_TIER", "plain")
-    file = tmp_path / "run.json"
-    assert cuda.main(["--quick", "--save", str(file)]) == cuda.OK
+    file = tmp_path / "cuda-not-a-card.json"
+    assert cuda.main(["--quick", "--folder", str(tmp_path)]) == cuda.OK
     run = json.loads(file.read_text())
     record, whole = run["problems"]
     assert record["providers"]["cuDNN"]["ratio"]["ratio"] == pytest.approx(2)
@@ -147,10 +147,10 @@ def test_a_whole_run_without_a_card(monkeypatch, tmp_path, capsys):
     assert f"{problem.name} [" in said and "| separable forward+backward, float32, batch 2 |" in said
 
     monkeypatch.setattr(cuda, "BOUNDS", {"float32": 0.0})
-    assert cuda.main(["--save", str(file)]) == cuda.CHECK_FAILED
+    assert cuda.main(["--folder", str(tmp_path)]) == cuda.CHECK_FAILED
     assert "Not timed:" in capsys.readouterr().out
     monkeypatch.setenv("KERAS_BACKEND", "jax")
-    cuda.main(["--save", str(file)])
+    cuda.main(["--folder", str(tmp_path)])
     assert len(json.loads(file.read_text())["problems"]) == 1
     assert "No whole network was raced: Keras runs on jax" in capsys.readouterr().out
 

@@ -75,6 +75,13 @@ def test_driver_and_cards_are_told(monkeypatch, driver, expected):
             False,
             r"the card, An old card \(7\.5\), is too old: compute capability 8\.0 or newer",
         ),
+        (
+            ("for CUDA 12.4", [OLD, OLD]),
+            True,
+            False,
+            r"the cards, An old card \(7\.5\), An old card \(7\.5\), are too old: compute capability 8\.0 or newer",
+        ),
+        (("for CUDA 13.0", [OLD, NEW]), True, False, None),
     ],
 )
 def test_the_obstacle_is_one_sentence(monkeypatch, found, installed, simulated, sentence):

@@ -27,6 +27,7 @@ class DriverDouble:
 
     def __init__(self, capability=(9, 0), cards=1):
         self.capability, self.cards = capability, cards
+        self.capabilities = {}  # of cards that have another one, by their numbers
         self.shared_limit = 227 * 1024
         self.allowed = {}  # dynamic shared memory that kernels may ask for, by their handles
         self.fails = {}  # status by the function's name, or by ("cuMemAllocAsync", the number of the call)
@@ -60,10 +61,10 @@ class DriverDouble:
         return self._done("cuDeviceGetName", b"A double" + b"\0" * 8)
 
     def cuDeviceGetAttribute(self, attribute, device):
-        kinds = self.CUdevice_attribute
+        kinds, (major, minor) = self.CUdevice_attribute, self.capabilities.get(device, self.capability)
         found = {
-            kinds.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR: self.capability[0],
-            kinds.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR: self.capability[1],
+            kinds.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR: major,
+            kinds.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR: minor,
             kinds.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN: self.shared_limit,
         }
         return self._done("cuDeviceGetAttribute", found[attribute])

@@ -88,11 +88,12 @@ def test_what_calls_may_use_is_told_in_words(card, monkeypatch):
     from fastsepconv.kernels.cuda import tiers
 
     monkeypatch.setenv("FASTSEPCONV_TF32", "1")
-    assert tiers.explain().startswith("fast kernels, never run on a card, where they serve (float32 as TF32), else")
+    assert tiers.explain().startswith("fast kernels where they serve (float32 as TF32), else plain kernels for every")
+    assert tiers.explain().endswith("; the README tells which have run on a card")
     monkeypatch.delenv("FASTSEPCONV_TF32")
     assert "three TF32 products" in tiers.explain()
     monkeypatch.delenv("FASTSEPCONV_CUDA_TIER")
-    assert tiers.explain().startswith("plain kernels for every operation; FASTSEPCONV_CUDA_TIER=fast asks for")
+    assert tiers.explain().startswith("plain kernels for every operation, and FASTSEPCONV_CUDA_TIER=fast asks for")
 
 
 def test_arguments_of_a_product_reach_the_driver(card):

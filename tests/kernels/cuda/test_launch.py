@@ -194,9 +194,18 @@ def test_a_card_that_is_too_old_is_told(double, capability):
     double.capability = capability
     message = f"A double, has compute capability {capability[0]}.{capability[1]}: 8.0 or newer is needed"
     with pytest.raises(RuntimeError, match=re.escape(message)):
-        driver.own_stream()
+        driver.first_device()
     with pytest.raises(RuntimeError, match=r"There is no card 3: the NVIDIA driver sees 1"):
         driver.device(3)
+
+
+def test_arrays_of_the_computers_own_go_to_the_first_card_that_is_not_too_old(double, arrays):
+    from fastsepconv.kernels import cuda
+
+    double.cards, double.capabilities, double.current = 2, {0: (7, 5)}, 5
+    cuda.separable_forward(G, *arrays.values(), np.empty((*G.output_shape[:3], 3), "float32"))
+    assert double.launched_in == CONTEXT + 1 and double.current == 5
+    assert not double.memory
 
 
 def test_a_kernel_is_compiled_once_and_then_comes_from_the_disk(double, tmp_path):

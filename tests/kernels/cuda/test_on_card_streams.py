@@ -173,8 +173,8 @@ class TestBadInput:
         """A kernel's own need for memory that is not there: said with its size, and nothing is left allocated."""
         from fastsepconv.kernels.cuda import driver
 
-        free, _ = torch.cuda.mem_get_info()
+        (free, _), on = torch.cuda.mem_get_info(), driver.device(0)
         for _ in range(3):
-            with pytest.raises(RuntimeError, match="has no room for the"):
-                driver.allocate(2 * free, "a test", driver.own_stream())
+            with driver.turned_to(on), pytest.raises(RuntimeError, match="has no room for the"):
+                driver.allocate(2 * free, "a test", driver.own_stream(on))
         assert torch.cuda.mem_get_info()[0] >= free // 2

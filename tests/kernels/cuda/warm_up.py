@@ -73,25 +73,33 @@ def first_call() -> float:
     return error
 
 
-def host_microseconds(launches: int = 1000) -> float:
-    """The host's time for a launch of a small kernel, the driver's share included."""
-    from fastsepconv.kernels.cuda import driver, pointwise
+def host_microseconds(rounds: int = 20, launches: int = 50) -> float:
+    """The host's time for a launch of a small kernel of many arguments, the driver's share included: the best round's.
 
-    stream = driver.own_stream()
-    kernel, size = pointwise.forward_kernel("float32", "float32", "float32"), 4096
-    memory = driver.allocate(size, "a test", stream)
-    arguments = 8, 8, 8, 2, memory, memory, 0, 0, memory, 0.0, 1.0
-    try:
-        kernel.over(64, stream, *arguments)  # compiled and loaded
-        driver.synchronize(stream, "The first launch")
-        began = time.perf_counter()
-        for _ in range(launches):
-            kernel.over(64, stream, *arguments)
-        took = time.perf_counter() - began
-    finally:
-        driver.free(memory, stream)
-    driver.synchronize(stream, "Launching")
-    return 1e6 * took / launches
+    What else the computer does makes a round slower and none faster. A round is so short that what waits on the card
+    never fills the stream, which would make the host wait too.
+    """
+    from fastsepconv.kernels.cuda import depthwise, driver
+    from fastsepconv.kernels.geometry import resolve
+
+    on, kernel = driver.first_device(), depthwise.forward_kernel("float32", "float32", "float32")
+    g, times = resolve((1, 4, 4, 4), (3, 3, 4, 1), (1, 1), "same", (1, 1)), []
+    with driver.turned_to(on):
+        stream = driver.own_stream(on)
+        memory = driver.allocate(4096, "a test", stream)
+        arguments = g, memory, memory, 0, 0, memory, 0.0, 1.0
+        try:
+            kernel.over(64, stream, *arguments)  # compiled and loaded
+            for _ in range(rounds):
+                driver.synchronize(stream, "Launching")
+                began = time.perf_counter()
+                for _ in range(launches):
+                    kernel.over(64, stream, *arguments)
+                times.append((time.perf_counter() - began) / launches)
+        finally:
+            driver.free(memory, stream)
+        driver.synchronize(stream, "Launching")
+    return 1e6 * min(times)
 
 
 def compile_all(places: Sequence[int], capability: tuple[int, int], processes: int) -> int:
@@ -160,7 +168,7 @@ def fast_kernels(capability: tuple[int, int]) -> Iterator:
 def _capability() -> tuple[int, int]:
     from fastsepconv.kernels.cuda import driver
 
-    return driver.device(0).capability
+    return driver.first_device().capability
 
 
 def say(line: str) -> None:

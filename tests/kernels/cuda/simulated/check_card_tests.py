@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from fastsepconv.bridge import torch_cuda
-from fastsepconv.kernels import cuda
+from fastsepconv.kernels import cuda, nvidia
 from tests import goldens, on_card
 from tests.kernels.cuda import card_cases, test_on_card_goldens, test_on_card_results
+from tests.ledger import VARIABLE
 from tests.on_card import DTYPES, torch
 
 SMALL = ["plain", "same, multiplier", "unequal strides", "padding beyond the kernel", "empty batch"]
@@ -27,7 +28,8 @@ def ledger(monkeypatch, tmp_path):
     monkeypatch.setattr(on_card, "DEVICE", "cpu")
     monkeypatch.setattr(torch_cuda, "current_stream", lambda device: 1)
     file = tmp_path / "ledger.jsonl"
-    monkeypatch.setenv(on_card.LEDGER, str(file))
+    monkeypatch.setenv(VARIABLE, str(file))
+    monkeypatch.setattr(nvidia, "look", lambda: ("none", []))
     return lambda: [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
