@@ -23,7 +23,7 @@ from .tiles import L2_BYTES
 TILE_ROWS = GEMM_ROWS[0]
 BLOCK_BYTES = L2_BYTES * 3 // 8  # a block of a: L2 holds it, what the next is made of, and a panel of the kernel
 ONLY_BLOCK_BYTES = 720 * 1024  # the same where there is no next one: from L3 it costs less than all panels once more
-LEAST_BLOCKS, SHARES_A_THREAD = 4, 4  # blocks in a share at least, shares for a thread at most
+SHARES_A_THREAD = 4  # at most
 PASSES = 4  # packing a kernel in passing for so many blocks costs no more than packing it once beforehand
 BLOCK_TILES = 168 // TILE_ROWS  # more rows than that would cost more in address translation than they save
 STREAMED_BYTES = 24 << 20  # an output larger than that is gone from the caches before anyone reads it
@@ -82,15 +82,14 @@ def block_tiles(dtype, depth, tiles):
 
 
 @kernel
-def shares(dtype, rows, depth, threads):
-    """Into how many shares a product is cut for `threads` threads: more than one each where there are many blocks.
+def shares(rows, threads, packed):
+    """Into how many shares a product is cut for `threads` threads: several each, if the kernel is `packed` beforehand.
 
-    A thread that something else holds up then leaves some of its shares to the others. A share still has several
-    blocks, for only within a share is the next one brought into L2.
+    A thread that something else holds up, or that wakes late, then leaves some of its shares to the others: 2 to 3 % of
+    a layer in TensorFlow, whose threads take the CPU now and then. Otherwise each share would pack the kernel anew.
     """
-    tiles = ceil_div(ceil_div(rows, TILE_ROWS), threads)
-    blocks = ceil_div(tiles, block_tiles(dtype, depth, tiles))
-    return threads * min(max(1, blocks // LEAST_BLOCKS), SHARES_A_THREAD) if threads > 1 else 1
+    tiles = ceil_div(rows, TILE_ROWS) // threads
+    return threads * min(max(1, tiles // LEAST_TILES), SHARES_A_THREAD) if threads > 1 and packed else threads
 
 
 @kernel

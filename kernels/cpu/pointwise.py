@@ -94,7 +94,7 @@ def multiply(dtype, rows, depth, filters, x, kernel, row_stride, column_stride, 
     if packed == 0:
         return False
     panels = shared_panels(dtype, rows, depth, filters, kernel, row_stride, column_stride, kept, packed, threads)
-    parts = shares(dtype, rows, depth, threads)
+    parts = shares(rows, threads, panels != 0)
     _multiply(
         dtype, parts, rows, depth, filters, x, kernel, row_stride, column_stride, panels, start, y, low, high,
         address(lacking),

@@ -69,7 +69,7 @@ def _forward_single(dtype, g, filters, x, depthwise, pointwise, kept, bias, y, l
     if packed == 0:
         return False
     panels = gemm.shared_panels(dtype, pixels, depth, filters, pointwise, filters, 1, kept, packed, threads)
-    shares = gemm.shares(dtype, pixels, depth, threads)
+    shares = gemm.shares(pixels, threads, panels != 0)
     _forward(dtype, shares, g, filters, x, depthwise, pointwise, panels, start, y, low, high, address(lacking))
     keep(zeros)
     give(packed)

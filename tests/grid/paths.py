@@ -123,11 +123,12 @@ def _forward_paths(
     dtype, rows: int, depth: int, filters: int, row_stride: int, column_stride: int, workers: int
 ) -> set[str]:
     width = TILE.vectors * _lanes(dtype)
-    shares = gemm.shares(dtype, rows, depth, workers)
+    packed = bool(gemm._shares_panels(dtype, rows, depth, row_stride, column_stride, workers))
+    shares = gemm.shares(rows, workers, packed)
     row_parts = gemm._row_parts(rows, shares)
     tile_count = ceil_div(gemm.ceil_div(rows, gemm.TILE_ROWS), row_parts)
     left_over, found = rows % gemm.TILE_ROWS, set()
-    if gemm._shares_panels(dtype, rows, depth, row_stride, column_stride, workers):
+    if packed:
         found.add("product: shared panels")
     else:
         if column_stride == 1 and filters >= width:
