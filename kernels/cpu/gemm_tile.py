@@ -6,6 +6,9 @@ np.float32 or np.float64. Nothing is written outside the tile that the arguments
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
@@ -42,8 +45,8 @@ def gemm_tile(
     Meanwhile b is copied into the packed `panel`, if that is not 0, and one cache line every UNROLL k is asked for in
     L2: that which holds `ahead + k//UNROLL*ahead_step`. Where UNROLL > 1, a tile that packs b asks for nothing.
 
-    Assumes: depth >= 0; a's rows and b's columns readable to the tile's full size; c's rows at multiples of a vector
-    if `past_caches` is not 0.
+    Assumes: depth >= 0; a's rows and b's columns readable to the tile's full size; b in a panel already where `panel`
+    is 0; c's rows at multiples of a vector if `past_caches` is not 0.
     """
 
     def codegen(context, builder, signature, arguments):
@@ -67,6 +70,8 @@ def _gemm_tile(
     sums = [[emit.register(f"sum{height}_{i}_{j}") for j in range(width)] for i in range(height)]
     _for_each(emit, sums, lambda register: builder.store(emit.zero(), register))
     output = _OutputLines(emit, height, c, c_row, past_caches)
+    if UNROLL > 1:
+        output.ask_at_once()
     a_rows, b_rows = _row_pointers(emit, a, a_row, height), _Kernel(emit, b, b_step, panel)
     totals = _Totals(emit, sums)
     chunks = builder.sdiv(builder.add(depth, index(SUMMED_AT_ONCE - 1)), index(SUMMED_AT_ONCE))
@@ -80,12 +85,21 @@ def _gemm_tile(
             turns = builder.select(builder.icmp_signed("==", panel, index(0)), turns, index(0))
         with cgutils.for_range(builder, turns) as loop:
             turn = builder.add(builder.sdiv(first, index(UNROLL)), loop.index)
-            for _ in range(UNROLL):
-                _multiply_step(emit, sums, a_rows, a_row, a_step, b_rows.take(packing=UNROLL == 1))
-            output.ask(turn, emit.at(emit.pointer(ahead), builder.mul(turn, ahead_step)))
+            if UNROLL == 1:
+                _multiply_step(emit, sums, a_rows, a_row, b_rows.take())
+            else:
+                for k, b_vectors in enumerate(b_rows.take_packed(UNROLL)):
+                    _multiply_step(emit, sums, a_rows, a_row, b_vectors, builder.mul(a_step, index(k)))
+            _advance(emit, a_rows, builder.mul(a_step, index(UNROLL)))
+            later = emit.at(emit.pointer(ahead), builder.mul(turn, ahead_step))
+            if UNROLL == 1:
+                output.ask(turn, later)
+            else:
+                emit.prefetch(later)
         if UNROLL > 1:
             with cgutils.for_range(builder, builder.sub(count, builder.mul(turns, index(UNROLL)))):
-                _multiply_step(emit, sums, a_rows, a_row, a_step, b_rows.take(packing=True))
+                _multiply_step(emit, sums, a_rows, a_row, b_rows.take())
+                _advance(emit, a_rows, a_step)
     totals.add_to_sums(chunks)
     for i, row in enumerate(sums):
         # a row past the end gets the last one's values: they are read, and never stored
@@ -105,14 +119,20 @@ class _Kernel:
         self.next = cgutils.alloca_once_value(emit.builder, emit.pointer(b))
         self.copy = cgutils.alloca_once_value(emit.builder, emit.pointer(panel))
 
-    def take(self, packing: bool) -> list:
-        """The vectors of the next row, copied into the panel on the way if one is wanted; only where `packing`."""
+    def take_packed(self, count: int) -> Iterator[list]:
+        """The vectors of the next rows, which are those of a panel: constants apart, so one pointer serves them all."""
+        emit, builder = self.emit, self.emit.builder
+        line, width = builder.load(self.next), CHOSEN.vectors * emit.lanes
+        builder.store(emit.at(line, index(count * width)), self.next)
+        for k in range(count):
+            yield emit.load_span(emit.at(line, index(k * width)), [None] * CHOSEN.vectors)
+
+    def take(self) -> list:
+        """The vectors of the next row, copied into the panel on the way if one is wanted."""
         emit, builder = self.emit, self.emit.builder
         line = builder.load(self.next)
         builder.store(emit.at(line, self.step), self.next)
         vectors = emit.load_span(line, [None] * CHOSEN.vectors)
-        if not packing:
-            return vectors
         with builder.if_then(builder.icmp_signed("!=", self.panel, index(0)), likely=False):
             copy = builder.load(self.copy)
             for j, vector in enumerate(vectors):
@@ -164,24 +184,35 @@ class _Totals:
 
 
 class _OutputLines:
-    """Asks for the tile's cache lines of c, one a turn, so that they have come when they are written.
+    """Asks for the tile's cache lines of c, so that they have come when they are written.
 
-    All at once they would fill the queue of what the core waits for, and the first rows of a and b would wait behind
-    them: a tenth of the time at depth 64 (Zen 4). Rows that collide in L1 (see `rows_collide`) come to L2, for in L1
+    One a turn: all at once the 28 of AVX-512 would fill the queue of what the core waits for, and the first rows of a
+    and b would wait behind them, a tenth of the time at depth 64 (Zen 4). The 6 of AVX2 do not, and a turn has no
+    instructions to spare for them. Rows that collide in L1 (see `rows_collide`) come to L2, for in L1
     they would drive each other out, and a's rows too. None are wanted where c is written past the caches.
     """
 
     def __init__(self, emit: Vectors, height: int, c, c_row, past_caches) -> None:
         builder = emit.builder
-        self.emit, self.c, self.c_row = emit, emit.pointer(c), c_row
+        self.emit, self.height, self.c, self.c_row = emit, height, emit.pointer(c), c_row
         self.lines_a_row = -(-CHOSEN.vectors * emit.lanes * emit.itemsize // CACHE_LINE)
         self.nothing = cgutils.alloca_once(builder, emit.type)  # a line that is in L1 anyway
-        wanted = builder.icmp_signed("==", past_caches, index(0))
-        lines = builder.select(wanted, index(height * self.lines_a_row), index(0))
+        self.wanted = builder.icmp_signed("==", past_caches, index(0))
+        lines = builder.select(self.wanted, index(height * self.lines_a_row), index(0))
         apart = builder.and_(builder.mul(c_row, index(emit.itemsize)), index(L1_PERIOD // 2 - 1))
-        collide = builder.icmp_signed("==", apart, index(0))
-        self.to_l1 = builder.select(collide, index(0), lines)
-        self.to_l2 = builder.select(collide, lines, index(0))
+        self.collide = builder.icmp_signed("==", apart, index(0))
+        self.to_l1 = builder.select(self.collide, index(0), lines)
+        self.to_l2 = builder.select(self.collide, lines, index(0))
+
+    def ask_at_once(self) -> None:
+        """For all of them."""
+        builder, emit, line_length = self.emit.builder, self.emit, CACHE_LINE // self.emit.itemsize
+        with builder.if_then(self.wanted), builder.if_else(self.collide) as branches:
+            for branch, level in zip(branches, (2, 1), strict=True):
+                with branch:
+                    for row, part in itertools.product(range(self.height), range(self.lines_a_row)):
+                        offset = builder.add(builder.mul(self.c_row, index(row)), index(part * line_length))
+                        emit.prefetch(emit.at(self.c, offset), level, write=level == 1)
 
     def ask(self, turn, otherwise) -> None:
         """For the tile's line of that number, and in L2 for what lies at `otherwise`, unless the line belongs there."""
@@ -219,18 +250,23 @@ def _opaque(builder, value):
     return builder.asm(ir.FunctionType(value.type, [value.type]), "", "=r,0", [value], False)
 
 
-def _multiply_step(emit: Vectors, sums, a_rows, a_row, a_step, b_vectors) -> None:
-    """One k: a row of b, times an element of each row of a, whose pointers then go on to the next."""
-    builder = emit.builder
+def _multiply_step(emit: Vectors, sums, a_rows, a_row, b_vectors, further=None) -> None:
+    """One k: a row of b, times an element of each row of a, the present one or one that lies `further` on."""
+    builder, further = emit.builder, index(0) if further is None else further
     for i, row in enumerate(sums):
         pointer = builder.load(a_rows[i // ROWS_A_POINTER])
-        a_value = emit.broadcast(emit.at(pointer, builder.mul(a_row, index(i % ROWS_A_POINTER))))
+        element = builder.add(builder.mul(a_row, index(i % ROWS_A_POINTER)), further)
+        a_value = emit.broadcast(emit.at(pointer, element))
         for b_vector, register in zip(b_vectors, row, strict=True):
             builder.store(emit.multiply_add(a_value, b_vector, builder.load(register)), register)
         if UNROLL > 1:
             emit.in_order(row)
+
+
+def _advance(emit: Vectors, a_rows, step) -> None:
+    """The pointers to rows of a, `step` elements on."""
     for slot in a_rows:
-        builder.store(_opaque(builder, emit.at(builder.load(slot), a_step)), slot)
+        emit.builder.store(_opaque(emit.builder, emit.at(emit.builder.load(slot), step)), slot)
 
 
 def _store_tile(emit: Vectors, tile, masks, rows, columns, c, c_row, past_caches, low, high) -> None:
