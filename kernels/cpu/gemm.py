@@ -155,12 +155,13 @@ def _multiply_panel(
     itemsize = np.empty(0, dtype).itemsize
     asks, packed = depth // UNROLL, panel  # lines that a tile asks for
     lines = _lines(dtype, gemm_columns(dtype)) * UNROLL  # columns of them, each of every UNROLLth row
+    silent = 1 if panel != 0 and UNROLL > 1 else 0  # the tile that packs
     for m in range(0, rows, TILE_ROWS):
-        height, tile = min(TILE_ROWS, rows - m), m // TILE_ROWS
-        wanted = next_b + tile // UNROLL * CACHE_LINE + tile % UNROLL * next_step * itemsize
+        height, turn = min(TILE_ROWS, rows - m), m // TILE_ROWS - silent
+        wanted = next_b + turn // UNROLL * CACHE_LINE + turn % UNROLL * next_step * itemsize
         step = UNROLL * next_step
-        if tile >= lines:
-            wanted, step = ahead + (tile - lines) * asks * ahead_step * itemsize, ahead_step
+        if turn >= lines:
+            wanted, step = ahead + (turn - lines) * asks * ahead_step * itemsize, ahead_step
         block = a + m * a_row * itemsize if height == TILE_ROWS or tail == 0 else tail
         gemm_tile(
             dtype, tile_height(height), height, columns, depth, block, a_row, 1, b, b_step, packed, wanted, step,
