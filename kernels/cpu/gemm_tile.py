@@ -20,6 +20,7 @@ GEMM_ROWS = CHOSEN.rows
 UNROLL = CHOSEN.unroll
 SUMMED_AT_ONCE = 256  # products in a running sum: its rounding error grows with its length, that of sums of sums less
 ROWS_A_POINTER = 3
+FEW_LINES = 8  # of c, that may be asked for at once
 EARLY = 24  # rows of b from being asked for to being read, where it is not packed: memory answers within so many
 
 
@@ -70,7 +71,7 @@ def _gemm_tile(
     sums = [[emit.register(f"sum{height}_{i}_{j}") for j in range(width)] for i in range(height)]
     _for_each(emit, sums, lambda register: builder.store(emit.zero(), register))
     output = _OutputLines(emit, height, c, c_row, past_caches)
-    if UNROLL > 1:
+    if output.few:
         output.ask_at_once()
     a_rows, b_rows = _row_pointers(emit, a, a_row, height), _Kernel(emit, b, b_step, panel)
     totals = _Totals(emit, sums)
@@ -92,10 +93,10 @@ def _gemm_tile(
                     _multiply_step(emit, sums, a_rows, a_row, b_vectors, builder.mul(a_step, index(k)))
             _advance(emit, a_rows, builder.mul(a_step, index(UNROLL)))
             later = emit.at(emit.pointer(ahead), builder.mul(turn, ahead_step))
-            if UNROLL == 1:
-                output.ask(turn, later)
-            else:
+            if output.few:
                 emit.prefetch(later)
+            else:
+                output.ask(turn, later)
         if UNROLL > 1:
             with cgutils.for_range(builder, builder.sub(count, builder.mul(turns, index(UNROLL)))):
                 _multiply_step(emit, sums, a_rows, a_row, b_rows.take())
@@ -186,9 +187,9 @@ class _Totals:
 class _OutputLines:
     """Asks for the tile's cache lines of c, so that they have come when they are written.
 
-    One a turn: all at once the 28 of AVX-512 would fill the queue of what the core waits for, and the first rows of a
-    and b would wait behind them, a tenth of the time at depth 64 (Zen 4). The 6 of AVX2 do not, and a turn has no
-    instructions to spare for them. Rows that collide in L1 (see `rows_collide`) come to L2, for in L1
+    A `few` at once, for which a turn then needs no instructions; else one a turn. The 28 of AVX-512 at once would fill
+    the queue of what the core waits for, and the first rows of a and b would wait behind them: a tenth of the time at
+    depth 64 (Zen 4). Rows that collide in L1 (see `rows_collide`) come to L2, for in L1
     they would drive each other out, and a's rows too. None are wanted where c is written past the caches.
     """
 
@@ -196,6 +197,7 @@ class _OutputLines:
         builder = emit.builder
         self.emit, self.height, self.c, self.c_row = emit, height, emit.pointer(c), c_row
         self.lines_a_row = -(-CHOSEN.vectors * emit.lanes * emit.itemsize // CACHE_LINE)
+        self.few = height * self.lines_a_row <= FEW_LINES
         self.nothing = cgutils.alloca_once(builder, emit.type)  # a line that is in L1 anyway
         self.wanted = builder.icmp_signed("==", past_caches, index(0))
         lines = builder.select(self.wanted, index(height * self.lines_a_row), index(0))
