@@ -35,8 +35,8 @@ class Tile(NamedTuple):
 TILES = (
     Tile(
         "avx512", 64, True, (14, 12, 10, 8, 4, 2), 2, 2, 4, 4, (8, 4, 3, 2, 1), 2,
-        "14x2 accumulators, 2 kernel vectors and a broadcast fill 31 of 32 registers; 16 loads feed 28 multiply-adds; 2 "
-        "products a turn, for a core with two units of 512 bits starts no more than that in 28 cycles",
+        "14x2 accumulators, 2 kernel vectors and a broadcast fill 31 of 32 registers; 16 loads feed 28 multiply-adds; "
+        "2 products a turn, for a core with two units of 512 bits starts no more than that in 28 cycles",
     ),
     Tile(
         "avx2", 32, True, (6, 4, 2), 2, 4, 4, 2, (8, 4, 3, 2, 1), 1,
