@@ -33,7 +33,7 @@ print(seconds, jit.state()["compiled"])
 def test_first_call_from_a_warm_cache_takes_less_than_a_second():
     run(START)
     measured = []
-    while len(measured) < 10 and min(measured, default=1.0) >= 1.0:  # the machine may be busy with something else
+    while len(measured) < 5 and min(measured, default=1.0) >= 1.0:  # the machine may be busy with something else
         seconds, compiled = run(START).split()
         assert compiled == "0"
         measured.append(float(seconds))

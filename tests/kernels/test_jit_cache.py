@@ -89,6 +89,28 @@ def test_a_second_process_compiles_nothing(scratch):
     assert run(scratch) == LOADED
 
 
+FIRST_CALL = """
+    import json, sys
+    import fastsepconv, numpy as np
+    from fastsepconv.kernels.cpu import jit
+    x, depthwise, pointwise = np.ones((2, 5, 6, 3), "f"), np.ones((3, 3, 3, 1), "f"), np.ones((1, 1, 3, 7), "f")
+    y = fastsepconv.separable_conv2d(x, depthwise, pointwise)
+    d_x = fastsepconv.separable_conv2d_grad(x, depthwise, pointwise, y)[0]
+    loaded_alone = jit.state()["compiled"] == 0 and "numba.np.linalg" not in sys.modules
+    import numba
+    double_last = numba.njit(lambda values: np.linalg.norm(np.sort(values)[-1:]) * 2)
+    print(json.dumps([loaded_alone, float(d_x.sum()), float(double_last(np.array([3.0, 1.0])))]))
+"""
+
+
+def test_loading_imports_nothing_of_what_numba_needs_to_compile(scratch):
+    """The imports would take longer than all else at a first call. Whoever compiles afterwards finds Numba whole."""
+    compiled, loaded = run(scratch, FIRST_CALL), run(scratch, FIRST_CALL)
+    assert (compiled[0], loaded[0]) == (False, True)
+    assert compiled[1:] == loaded[1:]
+    assert loaded[2] == 6.0
+
+
 def test_functions_of_one_line_that_close_over_different_values_are_told_apart(scratch):
     code = """
         import json
