@@ -16,7 +16,6 @@ import fastsepconv
 from fastsepconv import dispatch
 
 ROOT = Path(fastsepconv.__file__).parents[1]
-FRAMEWORKS = {"tensorflow", "keras", "torch", "jax"}
 FRAMEWORK_FREE = {
     "ops", "operations", "layout", "device_arrays", "dlpack", "activations", "dispatch", "checks", "formulas",
     "kernels",

@@ -39,12 +39,16 @@ def panels_of(dtype, state, context, index, source, depth, filters, threads):
 
 @kernel
 def _pack(dtype, words, context, index, source, depth, filters, threads):
-    """What `panels_of` keeps; 0 where there is no memory."""
+    """What `panels_of` keeps; 0 where there is no memory, or the tensor cannot be held on to."""
+    status = tf.new_status()
+    tf.get_input(context, index, words[word.TENSOR :].ctypes.data, status)
+    held = tf.get_code(status) == tf.OK
+    tf.delete_status(status)
+    if not held:
+        words[word.TENSOR] = 0
+        return 0
     panels = scratch.allocate(gemm.packed_length(dtype, depth, filters) * np.empty(0, dtype).itemsize)
     if panels != 0:
-        status = tf.new_status()
-        tf.get_input(context, index, words[word.TENSOR :].ctypes.data, status)
-        tf.delete_status(status)
         words[word.ADDRESS] = source
         gemm.pack(dtype, threads, depth, filters, source, filters, 1, panels)
     return panels

@@ -143,6 +143,12 @@ def _lines(dtype, columns):
     return ceil_div(columns * np.empty(0, dtype).itemsize, CACHE_LINE) + 1
 
 
+@kernel
+def _silent_tiles(panel):
+    """How many of the tiles that pass a panel ask for nothing: where they pack it, the first, unless UNROLL is 1."""
+    return 1 if panel != 0 and UNROLL > 1 else 0
+
+
 @compiled_once
 def _multiply_panel(
     dtype, rows, depth, filters, columns, a, a_row, tail, b, b_step, panel, next_b, next_step, ahead, ahead_step,
@@ -155,7 +161,7 @@ def _multiply_panel(
     itemsize = np.empty(0, dtype).itemsize
     asks, packed = depth // UNROLL, panel  # lines that a tile asks for
     lines = _lines(dtype, gemm_columns(dtype)) * UNROLL  # columns of them, each of every UNROLLth row
-    silent = 1 if panel != 0 and UNROLL > 1 else 0  # the tile that packs
+    silent = _silent_tiles(panel)
     for m in range(0, rows, TILE_ROWS):
         height, turn = min(TILE_ROWS, rows - m), m // TILE_ROWS - silent
         wanted = next_b + turn // UNROLL * CACHE_LINE + turn % UNROLL * next_step * itemsize
@@ -185,7 +191,8 @@ def multiply_block(
     """
     itemsize = np.empty(0, dtype).itemsize
     width, line = gemm_columns(dtype), CACHE_LINE // itemsize
-    asks_ahead = max(0, ceil_div(rows, TILE_ROWS) - _lines(dtype, width) * UNROLL) * (depth // UNROLL)
+    silent = 0 if panels != 0 else _silent_tiles(own)
+    asks_ahead = max(0, ceil_div(rows, TILE_ROWS) - silent - _lines(dtype, width) * UNROLL) * (depth // UNROLL)
     step_ahead = min(line, ceil_div(ahead_length, max(1, ceil_div(f_last - f_first, width) * asks_ahead)))
     for f in range(f_first, f_last, width):
         columns = min(width, filters - f)

@@ -71,8 +71,7 @@ def _gemm_tile(
     sums = [[emit.register(f"sum{height}_{i}_{j}") for j in range(width)] for i in range(height)]
     _for_each(emit, sums, lambda register: builder.store(emit.zero(), register))
     output = _OutputLines(emit, height, c, c_row, past_caches)
-    if output.few:
-        output.ask_at_once()
+    output.begin()
     a_rows, b_rows = _row_pointers(emit, a, a_row, height), _Kernel(emit, b, b_step, panel)
     totals = _Totals(emit, sums)
     chunks = builder.sdiv(builder.add(depth, index(SUMMED_AT_ONCE - 1)), index(SUMMED_AT_ONCE))
@@ -93,10 +92,7 @@ def _gemm_tile(
                     _multiply_step(emit, sums, a_rows, a_row, b_vectors, builder.mul(a_step, index(k)))
             _advance(emit, a_rows, builder.mul(a_step, index(UNROLL)))
             later = emit.at(emit.pointer(ahead), builder.mul(turn, ahead_step))
-            if output.few:
-                emit.prefetch(later)
-            else:
-                output.ask(turn, later)
+            output.take_turn(turn, later)
         if UNROLL > 1:
             with cgutils.for_range(builder, builder.sub(count, builder.mul(turns, index(UNROLL)))):
                 _multiply_step(emit, sums, a_rows, a_row, b_rows.take())
@@ -197,7 +193,7 @@ class _OutputLines:
         builder = emit.builder
         self.emit, self.height, self.c, self.c_row = emit, height, emit.pointer(c), c_row
         self.lines_a_row = -(-CHOSEN.vectors * emit.lanes * emit.itemsize // CACHE_LINE)
-        self.few = height * self.lines_a_row <= FEW_LINES
+        self.at_once = height * self.lines_a_row <= FEW_LINES
         self.nothing = cgutils.alloca_once(builder, emit.type)  # a line that is in L1 anyway
         self.wanted = builder.icmp_signed("==", past_caches, index(0))
         lines = builder.select(self.wanted, index(height * self.lines_a_row), index(0))
@@ -206,8 +202,10 @@ class _OutputLines:
         self.to_l1 = builder.select(self.collide, index(0), lines)
         self.to_l2 = builder.select(self.collide, lines, index(0))
 
-    def ask_at_once(self) -> None:
-        """For all of them."""
+    def begin(self) -> None:
+        """Before the first turn: asks for all of them, where they are few."""
+        if not self.at_once:
+            return
         builder, emit, line_length = self.emit.builder, self.emit, CACHE_LINE // self.emit.itemsize
         with builder.if_then(self.wanted), builder.if_else(self.collide) as branches:
             for branch, level in zip(branches, (2, 1), strict=True):
@@ -216,9 +214,15 @@ class _OutputLines:
                         offset = builder.add(builder.mul(self.c_row, index(row)), index(part * line_length))
                         emit.prefetch(emit.at(self.c, offset), level, write=level == 1)
 
-    def ask(self, turn, otherwise) -> None:
-        """For the tile's line of that number, and in L2 for what lies at `otherwise`, unless the line belongs there."""
+    def take_turn(self, turn, otherwise) -> None:
+        """Asks in L2 for what lies at `otherwise`; where lines of the tile are left, for that of the turn's number too.
+
+        One that belongs into L2 comes in place of the other.
+        """
         builder, emit = self.emit.builder, self.emit
+        if self.at_once:
+            emit.prefetch(otherwise)
+            return
         row, part = (operation(turn, index(self.lines_a_row)) for operation in (builder.udiv, builder.urem))
         offset = builder.add(builder.mul(row, self.c_row), builder.mul(part, index(CACHE_LINE // emit.itemsize)))
         line, nothing = emit.at(self.c, offset), builder.bitcast(self.nothing, self.c.type)

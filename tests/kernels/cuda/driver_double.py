@@ -10,7 +10,6 @@ from cuda.bindings import driver as real
 OK = real.CUresult.CUDA_SUCCESS
 CONTEXT = 77
 ALIGNMENT = 256  # of what the driver allocates
-_SIZES = {"q": 8, "Q": 8, "d": 8, "i": 4, "f": 4}
 _TYPES = {"q": ctypes.c_int64, "Q": ctypes.c_uint64, "d": ctypes.c_double, "i": ctypes.c_int32, "f": ctypes.c_float}
 
 
