@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from fastsepconv import layout
 from fastsepconv.kernels.cpu import (
     depthwise,
     depthwise_line,
@@ -28,26 +29,26 @@ TILE = tiles.CHOSEN
 
 def paths(case: Case) -> set[str]:
     """The names of the paths, forward and backward."""
-    dtype = np.dtype(case.dtype).type
-    g = multiplier.single.py_func(case.geometry)
+    dtype = layout.working_dtype(np.dtype(case.dtype)).type
     workers = min(case.threads, threads.get_num_threads())
-    found = {
-        "pool" if workers > 1 else "serial",
-        "repeated channels" if case.depth_multiplier > 1 else "plain channels",
-    }
-    if g.batch == 0:
+    found = {"pool" if workers > 1 else "serial"}
+    if case.batch == 0:
         return found | {"empty batch"}
+    pixels = case.batch * case.image[0] * case.image[1]
+    if case.operation in ("pointwise", "pointwise_depthwise"):
+        found |= _product_paths(dtype, pixels, case.channels, case.filters, workers)
+        found |= _gradient_paths(dtype, pixels, case.channels, case.filters)
+    if case.operation == "pointwise":
+        return found
+    g = multiplier.single.py_func(case.geometry)
+    found.add("repeated channels" if case.depth_multiplier > 1 else "plain channels")
     found |= _depthwise_paths(dtype, g)
-    pixels = g.batch * g.out_height * g.out_width
     if case.operation == "depthwise_pointwise":
+        pixels = g.batch * g.out_height * g.out_width
         images = min(g.batch, max(1, separable.BACKWARD_BYTES // (pixels // g.batch * g.channels * dtype(0).itemsize)))
         found |= {"backward in parts" if images < g.batch else "backward at once"}
         found |= _product_paths(dtype, pixels, g.channels, case.filters, workers)
         found |= _gradient_paths(dtype, images * pixels // g.batch, g.channels, case.filters)
-    elif case.operation == "pointwise_depthwise":
-        pixels = g.batch * g.height * g.width
-        found |= _product_paths(dtype, pixels, case.channels, case.filters, workers)
-        found |= _gradient_paths(dtype, pixels, case.channels, case.filters)
     return found
 
 
