@@ -157,9 +157,11 @@ def output(out: object, expected: tuple[int, ...], dtype: np.dtype) -> np.ndarra
 
 def _elements_lie_apart(array: np.ndarray) -> bool:
     """Whether each axis steps over all that the shorter steps reach; the views of an array that NumPy slices do."""
+    if array.size == 0:  # its strides may be anything: NumPy's are zeros
+        return True
     reach = array.itemsize
     for step, size in sorted(zip(map(abs, array.strides), array.shape, strict=True)):
         if size > 1 and step < reach:
             return False
-        reach += step * max(0, size - 1)
+        reach += step * (size - 1)
     return True

@@ -187,6 +187,11 @@ def test_out_takes_the_result_whatever_its_memory(arrays, backend, place, dtype,
     np.testing.assert_array_equal(out, expected)
 
 
+def test_out_of_no_images_is_taken_too(backend):
+    x, out = np.empty((0, 2, 3, 4), "float32"), np.empty((0, 2, 3, 5), "float32")
+    assert fastsepconv.pointwise_conv2d(x, np.ones((4, 5), "float32"), out=out, backend=backend) is out
+
+
 @pytest.mark.parametrize("activation", [None, "gelu"])
 def test_out_may_be_the_input_itself(rng, backend, activation):
     x = rng.normal(size=(2, 5, 5, 4)).astype("float32")

@@ -15,7 +15,7 @@ import math
 
 import numpy as np
 
-from .depthwise_line import inside, line_span
+from .depthwise_line import inside, line_span, slides
 from .depthwise_tiles import SLIDING_TAPS, correlate_rows, correlate_tile
 from .jit import entry, kernel
 from .memory import ceil_div, share, view
@@ -217,21 +217,26 @@ def _tap_lines(g, r, p_first, p_last):
 
 
 @kernel
+def _whole_lines(g, p_first, p_last):
+    """Those at which all rows of a kernel of SLIDING_TAPS rows meet it, taken at once; (p_last, p_last) for none."""
+    if g.kernel_height != SLIDING_TAPS:
+        return p_last, p_last
+    top_first, top_last = _tap_lines(g, 0, p_first, p_last)
+    end_first, end_last = _tap_lines(g, SLIDING_TAPS - 1, p_first, p_last)
+    first, last = max(top_first, end_first), min(top_last, end_last)
+    return (first, last) if first < last else (p_last, p_last)
+
+
+@kernel
 def _correlate_sliding(dtype, g, c, count, n_first, n_last, p_first, p_last, q_first, q_last, x, dy, d_kernel):
     """Adds columns whose middle tap is inside the image: all taps at once over the lines that meet every row of the
     kernel, where it has three; then a row at a time over the rest."""
-    whole_first, whole_last = p_last, p_last
-    if g.kernel_height == SLIDING_TAPS:
-        top_first, top_last = _tap_lines(g, 0, p_first, p_last)
-        end_first, end_last = _tap_lines(g, SLIDING_TAPS - 1, p_first, p_last)
-        whole_first, whole_last = max(top_first, end_first), min(top_last, end_last)
-        if whole_first < whole_last:
-            _correlate_columns(
-                dtype, g, c, count, SLIDING_TAPS, 0, n_first, n_last, whole_first, whole_last, 0, q_first, q_last,
-                x, dy, d_kernel,
-            )  # fmt: skip
-        else:
-            whole_first, whole_last = p_last, p_last
+    whole_first, whole_last = _whole_lines(g, p_first, p_last)
+    if whole_first < whole_last:
+        _correlate_columns(
+            dtype, g, c, count, SLIDING_TAPS, 0, n_first, n_last, whole_first, whole_last, 0, q_first, q_last,
+            x, dy, d_kernel,
+        )  # fmt: skip
     for r in range(g.kernel_height):
         p0, p1 = _tap_lines(g, r, p_first, p_last)
         for first, last in ((p0, min(p1, whole_first)), (max(p0, whole_last), p1)):
@@ -247,9 +252,8 @@ def _correlate(dtype, g, n_first, n_last, p_first, p_last, x, dy, d_kernel):
     Where a row's taps slide, all of them at once over the columns whose middle tap is inside; then a tap at a time
     over the rest.
     """
-    slides = g.kernel_width == SLIDING_TAPS and g.dilation_width == g.stride_width
     slide_first, slide_last = 0, 0
-    if slides:
+    if slides(g.kernel_width, g.dilation_width, g.stride_width):
         slide_first, slide_last = _tap_columns(g, 1)
     for c in range(0, g.channels, CORRELATED_CHANNELS):
         count = min(CORRELATED_CHANNELS, g.channels - c)
@@ -267,6 +271,24 @@ def _correlate(dtype, g, n_first, n_last, p_first, p_last, x, dy, d_kernel):
                     )
 
 
+@kernel
+def _lines_at_once(dtype, g):
+    """Output lines that stay in L2 together with those of x that they are made of."""
+    line_bytes = (g.width * g.stride_height + g.out_width) * g.channels * np.empty(0, dtype).itemsize
+    return max(1, BAND_BYTES // max(1, line_bytes))
+
+
+@kernel
+def _next_lines(g, line, last, at_once):
+    """What of the output lines line..last, counted over all images, is taken next: (whole images, lines).
+
+    Whole images where they begin here and fit in; else 0 of them, and lines of one image.
+    """
+    p = line % g.out_height
+    images = min(last - line, at_once) // g.out_height if p == 0 else 0
+    return images, images * g.out_height if images > 0 else min(min(g.out_height - p, last - line), at_once)
+
+
 @parallel_kernel
 def _kernel_gradient(dtype, worker, workers, g, x, dy, sums):
     """A worker's groups of output lines, each group summed into its own copy of d_kernel.
@@ -274,8 +296,7 @@ def _kernel_gradient(dtype, worker, workers, g, x, dy, sums):
     Parallel over: a fixed number of groups of output lines.
     """
     itemsize = np.empty(0, dtype).itemsize
-    line_bytes = (g.width * g.stride_height + g.out_width) * g.channels * itemsize
-    lines_at_once = max(1, BAND_BYTES // max(1, line_bytes))
+    at_once = _lines_at_once(dtype, g)
     size = g.kernel_height * g.kernel_width * g.channels
     first_group, last_group = share(GRADIENT_GROUPS, worker, workers)
     for group in range(first_group, last_group):
@@ -284,14 +305,12 @@ def _kernel_gradient(dtype, worker, workers, g, x, dy, sums):
         line, last = share(g.batch * g.out_height, group, GRADIENT_GROUPS)
         while line < last:
             n, p = line // g.out_height, line % g.out_height
-            images = min(last - line, lines_at_once) // g.out_height if p == 0 else 0
+            images, count = _next_lines(g, line, last, at_once)
             if images > 0:
                 _correlate(dtype, g, n, n + images, 0, g.out_height, x, dy, out)
-                line += images * g.out_height
             else:
-                count = min(min(g.out_height - p, last - line), lines_at_once)
                 _correlate(dtype, g, n, n + 1, p, p + count, x, dy, out)
-                line += count
+            line += count
 
 
 @kernel

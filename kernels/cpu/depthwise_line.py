@@ -28,6 +28,12 @@ def inside(origin, step, count, size):
     return first, max(first, min(last, count))
 
 
+@kernel
+def slides(taps, tap_step, pixel_step):
+    """Whether a row's taps are those of `sliding_tile`, which loads each input once a row."""
+    return taps == SLIDING_TAPS and tap_step == pixel_step
+
+
 @compiled_once
 def _tiles(
     dtype, count, first, last, inner_first, inner_last, x, x_row, rows, origin, pixel_step, tap_step, taps, size,
@@ -95,7 +101,7 @@ def line_span(
         kernel, kernel_tap = kernel + (taps - 1) * kernel_tap * itemsize, -kernel_tap
     y -= first * y_pixel * itemsize
     slide_first, slide_last, inner_first, inner_last = last, last, last, last
-    if taps == SLIDING_TAPS and tap_step == pixel_step:  # where the middle tap is inside, one at most is not
+    if slides(taps, tap_step, pixel_step):  # where the middle tap is inside, one at most is not
         slide_first, slide_last = inside(origin + tap_step, pixel_step, last, size)
         slide_first = min(max(first, slide_first), last)
         slide_last = max(slide_first, slide_last)

@@ -112,6 +112,13 @@ def _images(g, count):
 
 
 @kernel
+def images_at_once(dtype, g):
+    """Images whose mid, and d_mid, the backward pass holds at a time."""
+    image_bytes = g.out_height * g.out_width * g.channels * np.empty(0, dtype).itemsize
+    return min(g.batch, max(1, BACKWARD_BYTES // max(1, image_bytes)))
+
+
+@kernel
 def _backward_single(dtype, g, filters, x, depthwise, pointwise, dy, d_x, d_depthwise, d_pointwise, threads):
     """Fills what is wanted of d_x, d_depthwise, d_pointwise, some images at a time; says whether there was memory.
 
@@ -120,7 +127,7 @@ def _backward_single(dtype, g, filters, x, depthwise, pointwise, dy, d_x, d_dept
     low, high = dtype(-np.inf), dtype(np.inf)
     itemsize = np.empty(0, dtype).itemsize
     pixels, depth = g.out_height * g.out_width, g.channels
-    images = min(g.batch, max(1, BACKWARD_BYTES // max(1, pixels * depth * itemsize)))
+    images = images_at_once(dtype, g)
     mid, had_memory = try_take(dtype, 2 * images * pixels * depth), True
     if mid == 0:
         return False

@@ -10,14 +10,18 @@ from tests.grid.cases import Case
 
 
 def by_arrays(case: Case, arrays: dict[str, np.ndarray], d_before: np.ndarray) -> dict[str, np.ndarray]:
-    """{"y": output, "x": its gradient, ...}, channels last. d_before is the gradient before the activation."""
-    operation = "depthwise_conv2d" if case.operation == "depthwise" else "separable_conv2d"
-    options = case.window if case.operation == "depthwise" else case.window | {"order": case.operation}
+    """{"y": output, "x": its gradient, ...}, channels last. d_before is the gradient before the activation.
+
+    Assumes: case.by_arrays.
+    """
     inputs = arrays | {"x": from_channels_last(arrays["x"], case.data_format)}
-    y = getattr(fastsepconv, operation)(**inputs, **options, activation=case.activation, backend="cpu")
+    d_before = from_channels_last(d_before, case.data_format)
+    out = np.full(d_before.shape, np.nan, case.dtype) if case.run == "arrays into" else None
+    options = case.options | {"backend": "cpu"}
+    y = getattr(fastsepconv, case.function)(**inputs, **options, activation=case.activation, out=out)
+    assert out is None or y is out
     inputs.pop("bias", None)
-    d_before = from_channels_last(d_before.astype(case.dtype), case.data_format)
-    d_x, *d_others = getattr(fastsepconv, f"{operation}_grad")(**inputs, dy=d_before, **options, backend="cpu")
+    d_x, *d_others = getattr(fastsepconv, f"{case.function}_grad")(**inputs, dy=d_before, **options)
     results = {"y": channels_last(y, case.data_format), "x": channels_last(d_x, case.data_format)}
     names = [name for name in ("depthwise_kernel", "pointwise_kernel") if name in arrays] + ["bias"]
     results |= dict(zip(names, d_others, strict=True))

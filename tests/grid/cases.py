@@ -10,15 +10,17 @@ import itertools
 import zlib
 from collections.abc import Callable, Iterator
 
+import ml_dtypes  # noqa: F401 (so that NumPy knows bfloat16)
 import numpy as np
 
 from fastsepconv.kernels import reference
 from fastsepconv.kernels.geometry import Geometry, Padding, Pair, effective_size, resolve
+from tests.tolerances import ROUNDING_UNIT
 
 Items = tuple[tuple[str, object], ...]
 
 VALUES: dict[str, tuple] = {
-    "operation": ("depthwise_pointwise", "pointwise_depthwise", "depthwise"),
+    "operation": ("depthwise_pointwise", "pointwise_depthwise", "depthwise", "pointwise"),
     "kernel_size": ((1, 1), (3, 3), (2, 3), (4, 1), (5, 2)),
     "strides": ((1, 1), (2, 2), (3, 3), (2, 1), (1, 3)),
     "padding": ("valid", "same", ((1, 2), (0, 1)), ((4, 0), (3, 5))),
@@ -31,9 +33,15 @@ VALUES: dict[str, tuple] = {
     "channels": (1, 3, 16, 33),
     "batch": (0, 1, 3),
     "image": ((9, 7), (10, 24), (31, 13)),
-    "dtype": ("float32", "float64"),
-    "run": ("eager", "graph", "arrays"),
+    "dtype": ("float32", "float64", "float16", "bfloat16"),
+    "run": ("eager", "graph", "arrays", "arrays into"),  # the last writes to the caller's array
     "threads": (1, 2),
+}
+
+# The arguments that an operation does not have: None in its cases.
+UNUSED: dict[str, tuple[str, ...]] = {
+    "depthwise": ("filters",),
+    "pointwise": ("kernel_size", "strides", "padding", "dilation_rate", "depth_multiplier"),
 }
 
 Function = Callable[[np.ndarray], np.ndarray]
@@ -47,17 +55,21 @@ ACTIVATIONS: dict[str | None, tuple[Function, Function, tuple[float, ...]]] = {
 }
 
 
+HALVES = ("float16", "bfloat16")
+JUMP_UNITS = 4  # so near to a jump, in rounding units, a sum may fall on its other side
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A convolution: the arguments, the sizes, and how it is run. `filters` is None for "depthwise"."""
+    """A convolution: the arguments, the sizes, and how it is run. What the operation does not have is None."""
 
     operation: str
-    kernel_size: Pair
-    strides: Pair
-    padding: Padding
-    dilation_rate: Pair
+    kernel_size: Pair | None
+    strides: Pair | None
+    padding: Padding | None
+    dilation_rate: Pair | None
     data_format: str
-    depth_multiplier: int
+    depth_multiplier: int | None
     activation: str | None
     use_bias: bool
     filters: int | None
@@ -69,24 +81,37 @@ class Case:
     threads: int
 
     @property
+    def steps(self) -> list[str]:
+        """ "depthwise" and "pointwise" in their order, or one of them."""
+        return self.operation.split("_")
+
+    @property
     def is_possible(self) -> bool:
         """Whether the kernel fits the padded image."""
-        g = self.geometry
-        return g.out_height > 0 and g.out_width > 0
+        return self.operation == "pointwise" or min(self.geometry.out_height, self.geometry.out_width) > 0
 
     @property
     def layer_can(self) -> bool:
-        """Whether Keras's constructor takes the arguments; TensorFlow tensors and NumPy arrays take them all."""
+        """Whether a layer of ours is constructed with the arguments; TensorFlow tensors and NumPy arrays take all."""
+        if self.operation == "pointwise":
+            return False
         return isinstance(self.padding, str) and (max(self.strides) == 1 or max(self.dilation_rate) == 1)
 
     @property
     def stock_can(self) -> bool:
         """Whether TensorFlow's CPU kernels can run the stock layer, backward too (on images transposed to NHWC)."""
+        if self.operation == "pointwise":
+            return self.batch > 0
         return self.layer_can and self.strides[0] == self.strides[1] and self.batch > 0
 
     @property
+    def by_arrays(self) -> bool:
+        """Whether the array API runs it, which is given the gradient before the activation."""
+        return self.run.startswith("arrays")
+
+    @property
     def geometry(self) -> Geometry:
-        """Of the depthwise step."""
+        """Of the depthwise step. Assumes: there is one."""
         inputs = self.filters if self.operation == "pointwise_depthwise" else self.channels
         return resolve(
             (self.batch, *self.image, inputs),
@@ -98,22 +123,52 @@ class Case:
 
     @property
     def window(self) -> dict:
-        """The arguments of a function that convolves."""
+        """The arguments of a layer or a function that say which pixels it reads."""
         names = ("strides", "padding", "dilation_rate", "data_format")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
-    def arrays(self) -> dict[str, np.ndarray]:
-        """x `[N,H,W,C]`, the kernels, the bias: seeded by the case, scaled so that outputs are about 1."""
-        random = np.random.default_rng(zlib.crc32(repr(self).encode()))
-        g = self.geometry
-        mixed = self.channels if self.operation == "pointwise_depthwise" else g.channels * g.multiplier
-        shapes = {"x": (self.batch, *self.image, self.channels), "depthwise_kernel": g.kernel_shape}
-        if self.filters is not None:
-            shapes["pointwise_kernel"] = (1, 1, mixed, self.filters)
+    @property
+    def function(self) -> str:
+        """The name of the function that convolves, in the array API and in the bridge."""
+        return f"{self.operation if len(self.steps) == 1 else 'separable'}_conv2d"
+
+    @property
+    def options(self) -> dict:
+        """That function's arguments, but for arrays and the activation."""
+        return self.window | ({"order": self.operation} if len(self.steps) == 2 else {})
+
+    @property
+    def roundings(self) -> int:
+        """How many rounding units of a half type a result may be off, of its largest value.
+
+        The array API rounds once, at the end, as does the one op of a convolution in TensorFlow. Where there are two
+        ops, the middle is rounded too; so are an activation and the terms of its slope: one of 1 - y*y that is at least
+        a quarter (see `exact`) is off by four units then.
+        """
+        if self.by_arrays or self.dtype not in HALVES:
+            return 1
+        if self.activation in ("tanh", "sigmoid"):
+            return 5
+        return 2 if self.operation == "pointwise_depthwise" else 1
+
+    def arrays(self, draw: int = 0) -> dict[str, np.ndarray]:
+        """x `[N,H,W,C]`, the kernels in the order of the steps, the bias; their scale is such that outputs are about 1.
+
+        The numbers are seeded by the case; `draw` tells one set of them from another.
+        """
+        random = np.random.default_rng((zlib.crc32(repr(self).encode()), draw))
+        channels = self.channels
+        shapes, terms = {"x": (self.batch, *self.image, channels)}, {}
+        for step in self.steps:
+            if step == "depthwise":
+                shape, summed = self.geometry.kernel_shape, self.geometry.kernel_height * self.geometry.kernel_width
+                channels *= self.depth_multiplier
+            else:
+                shape, summed = (1, 1, channels, self.filters), channels
+                channels = self.filters
+            shapes[f"{step}_kernel"], terms[f"{step}_kernel"] = shape, summed
         if self.use_bias:
-            last = self.filters if self.operation == "depthwise_pointwise" else g.output_shape[-1]
-            shapes["bias"] = (last,)
-        terms = {"depthwise_kernel": g.kernel_height * g.kernel_width, "pointwise_kernel": mixed}
+            shapes["bias"] = (channels,)
         return {
             name: (random.standard_normal(shape) / terms.get(name, 1) ** 0.5).astype(self.dtype)
             for name, shape in shapes.items()
@@ -123,32 +178,45 @@ class Case:
 def exact(case: Case, arrays: dict[str, np.ndarray]) -> tuple[dict, np.ndarray, np.ndarray]:
     """By the reference: {"y": output, "x": its gradient, ...}, dy, and the gradient before the activation.
 
-    dy is zero where the activation's slope jumps: which side of the jump a sum falls on is a matter of rounding.
+    dy is zero where the activation's slope jumps: which side of the jump a sum falls on is a matter of rounding. So is
+    a small slope of an activation that TensorFlow computes in a half type.
     """
-    g = case.geometry
-    x, depthwise = arrays["x"], arrays["depthwise_kernel"]
-    pointwise = arrays["pointwise_kernel"][0, 0] if "pointwise_kernel" in arrays else None
-    kernels = [depthwise, pointwise] if case.operation == "depthwise_pointwise" else [depthwise]
-    forward, backward = {
-        "depthwise_pointwise": (reference.separable_forward, reference.separable_backward),
-        "pointwise_depthwise": (reference.depthwise_forward, reference.depthwise_backward),
-        "depthwise": (reference.depthwise_forward, reference.depthwise_backward),
-    }[case.operation]
-    inputs = reference.pointwise_forward(x, pointwise) if case.operation == "pointwise_depthwise" else x
-    before = forward(g, inputs, *kernels, arrays.get("bias"))
+    inputs = [arrays["x"]]
+    for step in case.steps:
+        inputs.append(_forward(case, step, inputs[-1], arrays[f"{step}_kernel"]))
+    before = inputs.pop()
+    if case.use_bias:
+        before = before + arrays["bias"].astype(np.float64)
     function, slope, jumps = ACTIVATIONS[case.activation]
     random = np.random.default_rng(1)
     dy = random.standard_normal(before.shape).astype(case.dtype)
     for jump in jumps:
-        dy[np.abs(before - jump) < 1e-4] = 0
-    d_before = dy * slope(before)
-    d_inputs, d_depthwise, *d_pointwise, d_bias = backward(g, inputs, *kernels, d_before)
-    if case.operation == "pointwise_depthwise":
-        d_inputs, *d_pointwise = reference.pointwise_backward(x, pointwise, d_inputs)[:2]
-    results = {"y": function(before), "x": d_inputs, "depthwise_kernel": d_depthwise}
-    if d_pointwise:
-        results["pointwise_kernel"] = d_pointwise[0][None, None]
-    return results | ({"bias": d_bias} if case.use_bias else {}), dy, d_before
+        dy[np.abs(before - jump) < max(1e-4, JUMP_UNITS * ROUNDING_UNIT[case.dtype] * max(1, jump))] = 0
+    if case.dtype in HALVES:
+        dy[slope(before) < slope(np.float64(0)) / 4] = 0
+    d_before = dy.astype(np.float64) * slope(before)
+    if case.by_arrays:
+        d_before = d_before.astype(case.dtype)
+    results, d_inputs = {"y": function(before)}, d_before
+    for step, x in zip(reversed(case.steps), reversed(inputs), strict=True):
+        name = f"{step}_kernel"
+        d_inputs, results[name] = _backward(case, step, x, arrays[name], d_inputs)
+    bias = {"bias": d_before.astype(np.float64).sum((0, 1, 2))} if case.use_bias else {}
+    return results | {"x": d_inputs} | bias, dy, d_before
+
+
+def _forward(case: Case, step: str, x: np.ndarray, kernel: np.ndarray) -> np.ndarray:
+    if step == "depthwise":
+        return reference.depthwise_forward(case.geometry, x, kernel)
+    return reference.pointwise_forward(x, kernel[0, 0])
+
+
+def _backward(case: Case, step: str, x: np.ndarray, kernel: np.ndarray, dy: np.ndarray) -> tuple:
+    """The gradients of x and of the kernel."""
+    if step == "depthwise":
+        return reference.depthwise_backward(case.geometry, x, kernel, dy)[:2]
+    d_x, d_kernel, _ = reference.pointwise_backward(x, kernel[0, 0], dy)
+    return d_x, d_kernel[None, None]
 
 
 # The values that TensorFlow's kernels can take; a second covering of these alone compares every pair with Keras.
@@ -177,10 +245,10 @@ def possible_pairs(values: dict[str, tuple]) -> Iterator[Items]:
     """Every two arguments' values that some case has."""
     for first, second in itertools.combinations(values, 2):
         for a, b in itertools.product(values[first], values[second]):
-            filters_of_depthwise = (first, a, second) == ("operation", "depthwise", "filters")
+            not_an_argument = first == "operation" and second in UNUSED.get(a, ())
             # Keras's constructor refuses these together
             strides_with_dilation = values is STOCK_VALUES and (first, second) == ("strides", "dilation_rate")
-            if not filters_of_depthwise and not (strides_with_dilation and max(a) > 1 and max(b) > 1):
+            if not not_an_argument and not (strides_with_dilation and max(a) > 1 and max(b) > 1):
                 yield (first, a), (second, b)
 
 
@@ -191,11 +259,11 @@ def pairs_of(case: Case) -> set[Items]:
 
 def _drawn(values: dict[str, tuple], items: Items, random: np.random.Generator) -> Case:
     """A case with these arguments' values, the others drawn."""
-    drawn = {name: options[random.integers(len(options))] for name, options in values.items()} | dict(items)
-    if "filters" in dict(items):
-        drawn["operation"] = dict(items).get("operation", "depthwise_pointwise")
-    if drawn["operation"] == "depthwise":
-        drawn["filters"] = None
+    arguments = dict(items)
+    operations = [name for name in values["operation"] if not arguments.keys() & set(UNUSED.get(name, ()))]
+    drawn = {name: options[random.integers(len(options))] for name, options in values.items()}
+    drawn |= {"operation": operations[random.integers(len(operations))]} | arguments
+    drawn |= dict.fromkeys(UNUSED.get(drawn["operation"], ()))
     return Case(**drawn)
 
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from fastsepconv import layout
 from fastsepconv.kernels.cpu import (
     depthwise,
     depthwise_line,
-    depthwise_tiles,
     gemm,
     gemm_tile,
     multiplier,
@@ -28,26 +28,26 @@ TILE = tiles.CHOSEN
 
 def paths(case: Case) -> set[str]:
     """The names of the paths, forward and backward."""
-    dtype = np.dtype(case.dtype).type
-    g = multiplier.single.py_func(case.geometry)
+    dtype = layout.working_dtype(np.dtype(case.dtype)).type
     workers = min(case.threads, threads.get_num_threads())
-    found = {
-        "pool" if workers > 1 else "serial",
-        "repeated channels" if case.depth_multiplier > 1 else "plain channels",
-    }
-    if g.batch == 0:
+    found = {"pool" if workers > 1 else "serial"}
+    if case.batch == 0:
         return found | {"empty batch"}
+    pixels = case.batch * case.image[0] * case.image[1]
+    if case.operation in ("pointwise", "pointwise_depthwise"):
+        found |= _product_paths(dtype, pixels, case.channels, case.filters, workers)
+        found |= _gradient_paths(dtype, pixels, case.channels, case.filters)
+    if case.operation == "pointwise":
+        return found
+    g = multiplier.single.py_func(case.geometry)
+    found.add("repeated channels" if case.depth_multiplier > 1 else "plain channels")
     found |= _depthwise_paths(dtype, g)
-    pixels = g.batch * g.out_height * g.out_width
     if case.operation == "depthwise_pointwise":
-        images = min(g.batch, max(1, separable.BACKWARD_BYTES // (pixels // g.batch * g.channels * dtype(0).itemsize)))
+        pixels = g.batch * g.out_height * g.out_width
+        images = separable.images_at_once(dtype, g)
         found |= {"backward in parts" if images < g.batch else "backward at once"}
         found |= _product_paths(dtype, pixels, g.channels, case.filters, workers)
         found |= _gradient_paths(dtype, images * pixels // g.batch, g.channels, case.filters)
-    elif case.operation == "pointwise_depthwise":
-        pixels = g.batch * g.height * g.width
-        found |= _product_paths(dtype, pixels, case.channels, case.filters, workers)
-        found |= _gradient_paths(dtype, pixels, case.channels, case.filters)
     return found
 
 
@@ -56,12 +56,12 @@ def _lanes(dtype) -> int:
 
 
 def _depthwise_paths(dtype, g: Geometry) -> set[str]:
-    slides = g.kernel_width == depthwise_tiles.SLIDING_TAPS and g.dilation_width == g.stride_width
+    slides = depthwise_line.slides(g.kernel_width, g.dilation_width, g.stride_width)
     found = _sliding_paths(g) if slides else _tile_paths(g)
     together = slides and depthwise._tap_columns(g, 1)[0] < depthwise._tap_columns(g, 1)[1]
     found.add(f"depthwise gradient: {'taps together' if together else 'a tap at a time'}")
-    (top, _), (_, end) = (depthwise._tap_lines(g, row, 0, g.out_height) for row in (0, g.kernel_height - 1))
-    if together and g.kernel_height == depthwise_tiles.SLIDING_TAPS and top < end:
+    whole_first, whole_last = depthwise._whole_lines(g, 0, g.out_height)
+    if together and whole_first < whole_last:
         found.add("depthwise gradient: rows together")
     block, lanes = depthwise.channel_block(dtype, g.width * g.kernel_height), _lanes(dtype)
     found |= {"depthwise: several channel blocks"} if g.channels > block else set()
@@ -100,16 +100,13 @@ def _sliding_paths(g: Geometry) -> set[str]:
 
 def _kernel_gradient_parts(dtype, g: Geometry) -> set[str]:
     """As `_kernel_gradient` of `depthwise` goes through its groups of lines."""
-    line_bytes = (g.width * g.stride_height + g.out_width) * g.channels * dtype(0).itemsize
-    at_once = max(1, depthwise.BAND_BYTES // line_bytes)
-    parts = set()
+    parts, at_once = set(), depthwise._lines_at_once(dtype, g)
     for group in range(depthwise.GRADIENT_GROUPS):
         line, last = share(g.batch * g.out_height, group, depthwise.GRADIENT_GROUPS)
         while line < last:
-            p = line % g.out_height
-            images = min(last - line, at_once) // g.out_height if p == 0 else 0
+            images, count = depthwise._next_lines(g, line, last, at_once)
             parts.add("whole images" if images else "part of an image")
-            line += images * g.out_height or min(g.out_height - p, last - line, at_once)
+            line += count
     return parts
 
 

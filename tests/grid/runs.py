@@ -23,7 +23,7 @@ def ours(case: Case, arrays: dict, dy: np.ndarray, d_before: np.ndarray) -> dict
     usual = threads.get_num_threads()
     threads.set_num_threads(min(case.threads, usual))
     try:
-        if case.run == "arrays":
+        if case.by_arrays:
             return by_arrays(case, arrays, d_before)
         return _differentiated(case, arrays, dy, _our_layer(case) if case.layer_can else _function(case))
     finally:
@@ -35,6 +35,8 @@ def stock(case: Case, arrays: dict, dy: np.ndarray) -> dict[str, np.ndarray]:
     case = dataclasses.replace(case, data_format="channels_last")
     if case.operation == "pointwise_depthwise":
         layer = pointwise_then_depthwise(case.filters, **_arguments(case))
+    elif case.operation == "pointwise":
+        layer = keras.layers.Conv2D(case.filters, kernel_size=1, **_arguments(case))
     elif case.operation == "depthwise":
         layer = keras.layers.DepthwiseConv2D(**_arguments(case))
     else:
@@ -50,16 +52,13 @@ def _our_layer(case: Case) -> keras.Layer:
 
 def _arguments(case: Case) -> dict:
     names = ("kernel_size", "depth_multiplier", "activation", "use_bias", "dtype")
-    return case.window | {name: getattr(case, name) for name in names}
+    return case.window | {name: getattr(case, name) for name in names if getattr(case, name) is not None}
 
 
 def _function(case: Case) -> Callable[..., tf.Tensor]:
     """What a layer would compute, had Keras the arguments."""
-    convolve, options = bridge.depthwise_conv2d, case.window
-    if case.operation != "depthwise":
-        convolve, options = bridge.separable_conv2d, options | {"order": case.operation}
-    activation = keras.activations.get(case.activation)
-    return lambda **tensors: activation(convolve(**tensors, **options))
+    convolve, activation = getattr(bridge, case.function), keras.activations.get(case.activation)
+    return lambda **tensors: activation(convolve(**tensors, **case.options))
 
 
 def _differentiated(case: Case, arrays: dict, dy: np.ndarray, convolve: Callable) -> dict[str, np.ndarray]:
@@ -68,8 +67,6 @@ def _differentiated(case: Case, arrays: dict, dy: np.ndarray, convolve: Callable
     weights = {name: values for name, values in arrays.items() if name != "x"}
     if isinstance(convolve, keras.Layer):
         convolve.build(x.shape)
-        first = "pointwise_kernel" if case.operation == "pointwise_depthwise" else "depthwise_kernel"
-        weights = {name: weights[name] for name in sorted(weights, key=lambda name: (name == "bias", name != first))}
         convolve.set_weights(list(weights.values()))
         sources = [variable.value for variable in convolve.trainable_variables]
         call = convolve
