@@ -116,7 +116,8 @@ def test_the_package_itself_needs_numpy_numba_and_a_thread_layer():
 
 @pytest.mark.parametrize("backend", ["tensorflow", "torch", "jax"])
 def test_each_backend_of_keras_has_an_extra_that_brings_both_and_is_named_where_it_lacks(backend, tmp_path):
-    names = [re.match(r"[\w-]+", requirement)[0] for requirement in PROJECT["project"]["optional-dependencies"][backend]]
+    extra = PROJECT["project"]["optional-dependencies"][backend]
+    names = [re.match(r"[\w-]+", requirement)[0] for requirement in extra]
     assert names == [backend, "keras"]
     code = f"""
 import os, sys
