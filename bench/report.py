@@ -78,8 +78,9 @@ def _is_rival(label: str, entry: dict) -> bool:
 
 
 def markdown(run: dict) -> str:
-    """The README's part: the machine, the geometric means, the networks, the losses."""
-    parts = [_machine_line(run), _summary_table(run), _networks_table(run), _losses(run, most=LOSSES_IN_README)]
+    """The README's part: the machine, the geometric means, the networks, the instrument, the losses."""
+    tables = _summary_table(run), _networks_table(run)
+    parts = [_machine_line(run), *tables, _instrument_line(run), _losses(run, most=LOSSES_IN_README)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -92,7 +93,7 @@ def details(run: dict) -> str:
         labels = list(dict.fromkeys(label for record in records for label in _timed(record)))
         rows = [[_shape(record), *(_cell(record, label, run) for label in labels)] for record in records]
         parts.append(f"## {name}\n\n" + table(["problem", *map(title, labels)], rows))
-    parts += [_networks_table(run), _losses(run)]
+    parts += [_networks_table(run), _instrument_line(run), _losses(run)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -113,10 +114,31 @@ def _machine_line(run: dict) -> str:
         f"{run['threads']} threads for every provider",
         "measured fused multiply-add peak " + ", ".join(f"{rate:.0f} GFLOP/s ({n})" for n, rate in peak.items()),
         f"{machine['system']}, Python {machine['python']}, " + ", ".join(f"{n} {v}" for n, v in versions.items()),
+        _commits(run),
         f"governor {machine['governor']}" if "governor" in machine else "",
         run["date"][:10],
     ]
     return "Measured on " + "; ".join(fact for fact in facts if fact) + "."
+
+
+def _commits(run: dict) -> str:
+    """Of a merged run, as far as they were recorded."""
+    commits = run.get("commits", [])
+    return "commit " + " and ".join(commit or "one not recorded" for commit in commits) if any(commits) else ""
+
+
+def _instrument_line(run: dict) -> str:
+    """What the checks of the instrument found that were merged into the run."""
+    checks = run.get("checks")
+    if not checks:
+        return ""
+    ratios = [check["ratio"] for check in checks]
+    failed = [f"{check['name']} {check['ratio']:.3f}" for check in checks if not check["passed"]]
+    verdict = f"{len(failed)} of {len(checks)} failed ({'; '.join(failed)})" if failed else f"all {len(checks)} passed"
+    return (
+        "The instrument was checked by ratios that should be 1, a provider against itself and its time in a race over "
+        f"its time alone: {min(ratios):.3f} to {max(ratios):.3f}, {verdict}."
+    )
 
 
 def _summary_table(run: dict) -> str:
@@ -216,7 +238,9 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Write what was asked for; with no option, the README's part goes to standard output."""
     parser = argparse.ArgumentParser("python -m fastsepconv.bench.report", description="The report of saved runs.")
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN.json", help="from `fastsepconv bench --save`")
+    parser.add_argument(
+        "runs", type=Path, nargs="+", metavar="RUN.json", help="from `fastsepconv bench [--check] --save`"
+    )
     parser.add_argument("--readme", type=Path, help=f"replace what stands between {BEGIN} and {END} in this file")
     parser.add_argument("--marker", default="bench", help="another word than bench in these two: one for each machine")
     parser.add_argument("--details", type=Path, help="write every problem's table to this file")

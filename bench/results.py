@@ -1,4 +1,7 @@
-"""A run as JSON: the machine, the settings, and for each problem what each provider did."""
+"""A run as JSON: the code, the machine, the settings, and for each problem what each provider did.
+
+A check of the instrument is a document of the same kind, with "checks" in place of "problems".
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,11 @@ from itertools import groupby
 from pathlib import Path
 from statistics import median
 
-from . import gate, machine, stats
+from . import gate, machine, revision, stats
+from .instrument import Check
 from .problems import Problem, to_dict
 from .providers import PROVIDERS
-from .race import Arena, Result
+from .race import Arena, Budget, Result
 
 OURS = "fastsepconv"
 FORMAT = 1
@@ -20,17 +24,30 @@ FORMAT = 1
 def begin(arena: Arena, peak: dict[str, float]) -> dict:
     """A run without problems yet."""
     return {
-        "format": FORMAT,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": machine.describe(),
-        "threads": arena.threads,
+        **_circumstances(arena.threads, arena.budget),
         "seed": arena.seed,
         "peak_gflops": peak,
-        "budget": vars(arena.budget),
         "versions": arena.versions,
         "absent": arena.absent,
         "baseline": _baseline(arena),
         "problems": [],
+    }
+
+
+def checked(checks: list[Check], threads: int, budget: Budget) -> dict:
+    """What a check of the instrument found."""
+    found = [vars(check) | {"passed": check.passed} for check in checks]
+    return {**_circumstances(threads, budget), "checks": found}
+
+
+def _circumstances(threads: int, budget: Budget) -> dict:
+    return {
+        "format": FORMAT,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "code": revision.describe(),
+        "machine": machine.describe(),
+        "threads": threads,
+        "budget": vars(budget),
     }
 
 
@@ -78,17 +95,28 @@ def title(label: str) -> str:
     return PROVIDERS[name].title + mark + rest
 
 
-def merge(runs: list[dict]) -> dict:
-    """Runs of the same machine, settings and versions as one. Raises ValueError where they differ."""
+def merge(documents: list[dict]) -> dict:
+    """Runs of the same machine, settings and versions as one, with the "checks" of its instrument and the "commits".
+
+    Raises ValueError where they differ, and where there are checks alone.
+    """
+    runs = [document for document in documents if "problems" in document]
+    if not runs:
+        raise ValueError("Invalid value for argument `runs`. Expected a race. Received: checks of the instrument alone")
     merged = dict(runs[0])
+    for document in documents:
+        for fact in ("machine", "threads"):
+            _expect_same(fact, merged[fact], document[fact])
     for run in runs[1:]:
-        for fact in ("machine", "threads", "baseline"):
-            _expect_same(fact, merged[fact], run[fact])
+        _expect_same("baseline", merged["baseline"], run["baseline"])
         for label in run["versions"].keys() & merged["versions"].keys():
             _expect_same(f"{label} versions", merged["versions"][label], run["versions"][label])
         merged["versions"] = merged["versions"] | run["versions"]
         merged["peak_gflops"] = machine.higher(merged["peak_gflops"], run["peak_gflops"])
         merged["problems"] = merged["problems"] + run["problems"]
+    # Runs of before commits were recorded have none.
+    merged["commits"] = list(dict.fromkeys(revision.short(run.get("code")) for run in runs))
+    merged["checks"] = [check for document in documents for check in document.get("checks", ())]
     return merged
 
 
@@ -120,7 +148,7 @@ def save(run: dict, path: Path) -> None:
 
 
 def load(path: Path) -> dict:
-    """Raises ValueError for a file that is no run."""
+    """A run, or a check of the instrument. Raises ValueError for any other file."""
     try:
         run = json.loads(path.read_text())
     except (OSError, ValueError) as error:

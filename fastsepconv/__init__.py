@@ -79,10 +79,10 @@ def _load(module: str, name: str) -> ModuleType:
     try:
         return import_module(f"{__name__}.{module}")
     except ModuleNotFoundError as error:
-        if error.name not in ("keras", "tensorflow", "torch"):
+        extra = "tensorflow" if error.name == "keras" else error.name
+        framework = {"tensorflow": "TensorFlow", "torch": "PyTorch", "jax": "JAX"}.get(extra or "")
+        if framework is None:
             raise
-        extra = "torch" if error.name == "torch" else "tensorflow"
-        framework = {"torch": "PyTorch", "tensorflow": "TensorFlow"}[extra]
         needs = f"`fastsepconv.{name}` needs Keras and {framework}: pip install 'fastsepconv[{extra}]'"
         raise ModuleNotFoundError(needs, name=error.name) from error
 

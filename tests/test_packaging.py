@@ -114,6 +114,30 @@ def test_the_package_itself_needs_numpy_numba_and_a_thread_layer():
     assert {"tensorflow", "cuda", "torch", "jax", "demo", "bench"} <= set(PROJECT["project"]["optional-dependencies"])
 
 
+@pytest.mark.parametrize("backend", ["tensorflow", "torch", "jax"])
+def test_each_backend_of_keras_has_an_extra_that_brings_both_and_is_named_where_it_lacks(backend, tmp_path):
+    extra = PROJECT["project"]["optional-dependencies"][backend]
+    names = [re.match(r"[\w-]+", requirement)[0] for requirement in extra]
+    assert names == [backend, "keras"]
+    code = f"""
+import os, sys
+os.environ["KERAS_BACKEND"] = {backend!r}
+
+class Lacking:
+    def find_spec(name, path=None, target=None):
+        if name == {backend!r}:
+            raise ModuleNotFoundError("it is not there", name=name)
+
+sys.meta_path.insert(0, Lacking)
+import fastsepconv
+try:
+    fastsepconv.FastSeparableConv2D
+except ModuleNotFoundError as error:
+    print(error)
+"""
+    assert f"pip install 'fastsepconv[{backend}]'" in python(code, tmp_path)
+
+
 def test_no_version_is_pinned():
     groups = PROJECT["project"]["optional-dependencies"], PROJECT["dependency-groups"]
     requirements = [*PROJECT["project"]["dependencies"], *(r for group in groups for rs in group.values() for r in rs)]

@@ -44,8 +44,8 @@ EXAMPLES = (
     "fastsepconv bench --problems tutorial --batch 64 --pass forward backward",
     "fastsepconv bench --only 19x19x728 --providers fastsepconv tensorflow torch",
     "fastsepconv bench --network xception --save run.json",
-    "fastsepconv bench --check",
-    "python -m fastsepconv.bench.report run.json",
+    "fastsepconv bench --check --save check.json",
+    "python -m fastsepconv.bench.report run.json check.json",
 )
 
 SECONDS_TO_PREPARE = 2  # a problem, with its references and graphs
@@ -89,7 +89,7 @@ def add_parser(subparsers: Any) -> None:
         "--seconds", type=positive, metavar="S", default=1.0, help="timed for each provider and problem (default: 1)"
     )
     command.add_argument("--rounds", type=count(2), metavar="N", default=8, help="alternating blocks (default: 8)")
-    command.add_argument("--save", type=Path, metavar="FILE", help="save the run, for the report and for later")
+    command.add_argument("--save", type=Path, metavar="FILE", help="save what was found, for the report")
     command.add_argument("--list", action="store_true", help="list the problems that would be raced, and stop")
     command.add_argument("--check", action="store_true", help="check the instrument instead: TensorFlow against itself")
 
@@ -153,15 +153,14 @@ def _race(args: argparse.Namespace, problems: list[Problem]) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
-    from fastsepconv.bench import instrument, machine
+    from fastsepconv.bench import instrument, machine, results
     from fastsepconv.bench.race import Budget
 
     provider, rivals = "tensorflow", [name for name in args.providers if name in ("fastsepconv", "torch")]
     budget = Budget(args.seconds, args.rounds)
     threads = args.threads or machine.available_cores()
     checks = instrument.check(provider, rivals, threads, budget, _printer(args.json))
-    if args.json:
-        print(json.dumps({"checks": [vars(check) | {"passed": check.passed} for check in checks]}, indent=2))
+    _deliver(args, results.checked(checks, threads, budget))
     return OK if all(check.passed for check in checks) else CHECK_FAILED
 
 

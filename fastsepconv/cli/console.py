@@ -137,7 +137,7 @@ def load_keras() -> None:
         )
     require(**{backend: backend}, keras="keras")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    with _stderr_kept_back():
+    with stderr_kept_back():
         import keras  # noqa: F401
 
         if backend == "tensorflow":
@@ -147,7 +147,7 @@ def load_keras() -> None:
 
 
 @contextlib.contextmanager
-def _stderr_kept_back() -> Iterator[None]:
+def stderr_kept_back() -> Iterator[None]:
     """Keep back what C++ writes to file descriptor 2; show it after all when the block fails."""
     sys.stderr.flush()
     with tempfile.TemporaryFile() as kept:

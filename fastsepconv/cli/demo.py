@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -25,7 +26,7 @@ from fastsepconv.cli.recipe import LAST, Recipe
 from fastsepconv.cli.train import add_recipe_arguments, execute, show_operations
 
 if TYPE_CHECKING:
-    from fastsepconv.cli.side_by_side import Comparison
+    from fastsepconv.cli.side_by_side import Comparison, GradientErrors
     from fastsepconv.cli.training import Outcome
 
 # Ninety small steps: few enough for two trainings in the time, and enough for 98.9 % and more on every seed that was
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 RECIPE = Recipe(epochs=2, batch_size=32, schedule="cosine", shift=4, momentum=0.8)
 
 SAMPLES = 12
+SHOWN_GRADIENTS = 6  # the worst ones, each in a row of its own
 MOST_MISTAKEN, MOST_APART = 0.02, 0.01
 OUTPUT_LIMIT, GRADIENT_LIMIT, FLOAT64_LIMIT = 1e-4, 1e-3, 1e-9
 
@@ -187,6 +189,8 @@ def _show(ours: Outcome, stock: Outcome, comparison: Comparison, checks: Sequenc
         f"{len(kernels)} kernels in {ours.compilation.seconds:.1f} s" if kernels else "none: all were on the disk"
     )
     console.say(f"  kernels of the CPU compiled at the first call: {compiled}")
+    console.say("\n  gradients of one batch: norm of the difference over norm of Keras's, the worst first")
+    console.table(("gradient of", "float32", "float64"), _gradient_rows(comparison.gradients))
     console.table(
         ("check", "value", "limit", ""),
         [
@@ -194,3 +198,19 @@ def _show(ours: Outcome, stock: Outcome, comparison: Comparison, checks: Sequenc
             for check in checks
         ],
     )
+
+
+def _gradient_rows(gradients: Sequence[GradientErrors]) -> list[tuple[str, str, str]]:
+    """The worst gradients in float32, then how many others there are and the worst among those in either dtype."""
+    ordered = sorted(gradients, key=lambda errors: _size(errors.float32), reverse=True)
+    shown, others = ordered[:SHOWN_GRADIENTS], ordered[SHOWN_GRADIENTS:]
+    rows = [(errors.of, errors.float32, errors.float64) for errors in shown]
+    if others:
+        worst = (max((getattr(errors, dtype) for errors in others), key=_size) for dtype in ("float32", "float64"))
+        rows.append((f"the worst of the {len(others)} others", *worst))
+    return [(of, f"{single:.1e}", f"{double:.1e}") for of, single, double in rows]
+
+
+def _size(error: float) -> float:
+    """For sorting: NaN, which no comparison places, is worse than any number."""
+    return math.inf if math.isnan(error) else error

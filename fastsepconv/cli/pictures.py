@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,6 +12,8 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from fastsepconv.cli.console import stderr_kept_back
 
 History = Mapping[str, Sequence[float]]
 
@@ -101,14 +102,19 @@ def confusion_matrix(matrix: np.ndarray, labels: Sequence[str], path: Path) -> N
 
 
 def network(model: Any, path: Path) -> str | None:
-    """Draw the network with Keras's plot_model. Returns why that cannot be, or None."""
-    from keras.utils import plot_model
+    """Draw Keras's plot_model. Returns why that cannot be, or None.
 
-    if find_spec("pydot") is None:
-        return "no picture of the network: it needs pydot (pip install pydot)"
-    if shutil.which("dot") is None:
-        return "no picture of the network: it needs Graphviz's `dot` (apt install graphviz, brew install graphviz)"
-    plot_model(model, to_file=str(path), show_shapes=True, show_layer_names=True, dpi=72)
+    plot_model itself runs Graphviz's program `dot`, which pip does not bring; pygraphviz holds the same as a library.
+    """
+    missing = [name for name in ("pydot", "pygraphviz") if find_spec(name) is None]
+    if missing:
+        return f"no picture of the network. Expected: pip install {' '.join(missing)}"
+    from keras.utils import model_to_dot
+    from pygraphviz import AGraph
+
+    dot = model_to_dot(model, show_shapes=True, show_layer_names=True, dpi=72)
+    with stderr_kept_back():  # where it is told that some file of the system's fonts is newer than the library
+        AGraph(dot.to_string()).draw(str(path), prog="dot")
     return None
 
 

@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 import keras
 import numpy as np
 
-from fastsepconv import bridge, verify
+from fastsepconv import bridge
 from fastsepconv.cli import training
 from fastsepconv.cli.console import Console
 from fastsepconv.cli.data import Dataset, Images, scaled
 from fastsepconv.cli.progress import Compilation
 from fastsepconv.cli.recipe import Recipe
+from fastsepconv.verify import Report, verify
 
 VERIFIED_IMAGES = 16  # one batch through both networks, eagerly and with every layer's result looked at
 FLOAT64_IMAGES = 4  # the same in float64
@@ -31,14 +32,23 @@ class Times(NamedTuple):
     prediction: float
 
 
+class GradientErrors(NamedTuple):
+    """One gradient, that of "layer/variable" or of the images: norm of the difference over norm of Keras's."""
+
+    of: str
+    float32: float
+    float64: float
+
+
 class Comparison(NamedTuple):
-    """What `compare` measures. Errors: outputs absolute, gradients by relative norm (the worst variable)."""
+    """What `compare` measures. Errors: outputs absolute, gradients by relative norm (the worst of `gradients`)."""
 
     accuracies: tuple[float, float]
     output_error: float
     gradient_error: float
     float64_output_error: float
     float64_gradient_error: float
+    gradients: tuple[GradientErrors, ...]
     batch_size: int
     times: tuple[Times, Times]
 
@@ -64,6 +74,7 @@ def compare(ours: keras.Model, stock: keras.Model, dataset: Dataset, recipe: Rec
         single.max_gradient_error,
         double.max_output_error,
         double.max_gradient_error,
+        _gradients(single, double),
         recipe.batch_size,
         times,
     )
@@ -83,11 +94,22 @@ def document(comparison: Comparison) -> dict[str, Any]:
     return {
         **comparison._asdict(),
         "accuracies": dict(zip(names, comparison.accuracies, strict=True)),
+        "gradients": [errors._asdict() for errors in comparison.gradients],
         "times": {name: times._asdict() for name, times in zip(names, comparison.times, strict=True)},
     }
 
 
-def _verify_float64(weights: list[np.ndarray], dataset: Dataset, recipe: Recipe) -> Any:
+def _gradients(single: Report, double: Report) -> tuple[GradientErrors, ...]:
+    """Those of every variable, in the order of the layers' calls, and that of the input."""
+    found = [
+        GradientErrors(f"{layer.name}/{variable}", error, twin.gradient_errors[variable])
+        for layer, twin in zip(single.layers, double.layers, strict=True)
+        for variable, error in layer.gradient_errors.items()
+    ]
+    return (*found, GradientErrors("the input images", single.input_gradient_error, double.input_gradient_error))
+
+
+def _verify_float64(weights: list[np.ndarray], dataset: Dataset, recipe: Recipe) -> Report:
     twin = training.build(replace(recipe, dtype="float64"), dataset.test.x.shape[1:], len(dataset.labels), steps=1)
     twin.set_weights(weights)
     x = scaled(dataset.test.x[:FLOAT64_IMAGES]).astype("float64")

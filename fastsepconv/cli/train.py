@@ -40,8 +40,8 @@ if TYPE_CHECKING:
 DESCRIPTION = """Train the tutorial's Xception (48x48 images, seven classes, or whatever the data say).
 
 --out receives, after every epoch, model.keras (all that --resume needs) and best.keras (the
-best epoch so far), and at the end: learning_curve.png, confusion_matrix.png, model.png (needs
-Graphviz), operations.json, history.json and, for TensorBoard, tensorboard/."""
+best epoch so far), and at the end: learning_curve.png, confusion_matrix.png, model.png (the
+network), operations.json, history.json and, for TensorBoard, tensorboard/."""
 
 EXAMPLES = (
     "fastsepconv train --data faces/ --out run          X_train.npy, X_test.npy, y_train.npy, y_test.npy",

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fastsepconv import cli
-from fastsepconv.bench import results
+from fastsepconv.bench import results, revision
 
 ROOT = Path(__file__).parents[2]
 SMALLEST = "2x2x728-1024/batch1/forward"
@@ -71,7 +71,9 @@ def test_a_race_is_printed_saved_and_given_as_json(capsys, tmp_path):
         assert first["status"] == second["status"] == "timed"
         assert second["times_baseline"]["ratio"] > 0 and "times_baseline" not in first
     assert "tutorial 2x2x728-1024 batch1 forward" in captured.err and "% of peak" in captured.err
-    assert len(results.load(tmp_path / "run.json")["problems"]) == 2
+    saved = results.load(tmp_path / "run.json")
+    assert len(saved["problems"]) == 2
+    assert saved["code"] == revision.describe()
 
 
 def test_pytest_benchmark_is_given_the_times_of_the_race(tmp_path):

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
-from fastsepconv.bench import figure, report, results
+from fastsepconv.bench import figure, instrument, race, report, results
+from fastsepconv.cli import main
+from fastsepconv.cli.console import CHECK_FAILED, OK
 
 PEAK = 500.0
 
@@ -128,6 +132,60 @@ def test_a_saved_run_comes_back(run, tmp_path):
     seconds = [run["problems"][2]["providers"]["tensorflow"]["seconds"] for run in (run, again)]
     assert seconds[1] == pytest.approx(seconds[0], rel=1e-5)
     assert report.markdown(again) == report.markdown(run)
+
+
+COMMIT = {"commit": "0123456789abcdef", "changed": False}
+
+
+@pytest.mark.parametrize(
+    ("codes", "words"),
+    [
+        ([COMMIT], "; commit 0123456; "),
+        ([COMMIT, COMMIT], "; commit 0123456; "),
+        ([COMMIT, COMMIT | {"changed": True}], "; commit 0123456 and 0123456 with changes; "),
+        ([COMMIT, None], "; commit 0123456 and one not recorded; "),
+    ],
+)
+def test_the_commits_are_named(run, codes, words):
+    assert words in report.markdown(results.merge([run | {"code": code} for code in codes])).splitlines()[0]
+
+
+def test_runs_of_before_commits_were_recorded_say_nothing_of_them(run):
+    for runs in ([run], [run, run | {"code": None}]):
+        assert "commit" not in report.markdown(results.merge(runs))
+
+
+def checks_of(run, *ratios):
+    checks = [instrument.Check(f"problem {ratio}: tensorflow against itself", ratio, 0.03) for ratio in ratios]
+    return results.checked(checks, run["threads"], race.Budget()) | {"machine": run["machine"]}
+
+
+def test_the_check_of_the_instrument_has_a_sentence_under_the_tables(run):
+    text = report.markdown(results.merge([run, checks_of(run, 0.99, 1.012)]))
+    sentence = "a race over its time alone: 0.990 to 1.012, all 2 passed."
+    assert text.index("tutorial-network") < text.index(sentence) < text.index("Losses, ")
+    text = report.markdown(results.merge([checks_of(run, 0.99, 1.04), run]))
+    assert "0.990 to 1.040, 1 of 2 failed (problem 1.04: tensorflow against itself 1.040)." in text
+    assert "instrument" not in report.markdown(results.merge([run]))
+
+
+def test_a_check_of_another_machine_or_without_a_race_is_refused(run):
+    check = checks_of(run, 1.0)
+    with pytest.raises(ValueError, match="Expected the same machine in all"):
+        results.merge([run, check | {"machine": {"cpu": "another"}}])
+    with pytest.raises(ValueError, match="Expected a race"):
+        results.merge([check])
+
+
+def test_what_a_check_found_is_saved_and_decides_the_exit_code(tmp_path, monkeypatch, capsys):
+    for ratio, code in ((1.0, OK), (1.04, CHECK_FAILED)):
+        found = [instrument.Check("a problem: tensorflow against itself", ratio, 0.03)]
+        monkeypatch.setattr(instrument, "check", lambda *arguments, found=found: found)
+        assert main(["bench", "--check", "--save", str(tmp_path / "check.json"), "--json", "--threads", "2"]) == code
+        document = results.load(tmp_path / "check.json")
+        assert json.loads(capsys.readouterr().out) == document
+        assert document["checks"] == [vars(found[0]) | {"passed": code == OK}]
+        assert (document["threads"], document["budget"]["rounds"]) == (2, 8) and "cpu" in document["machine"]
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"format": 0}'])

@@ -38,6 +38,31 @@ def test_both_networks_agree(finished):
     assert 0 < values["float64 gradients, worst of all variables"] < 1e-9
 
 
+def test_every_gradient_is_told_by_the_name_of_its_variable(finished):
+    document = finished[1]["same_weights"]
+    errors = {each["of"]: each for each in document["gradients"]}
+    separable = {f"entry_block1_separable1/{name}" for name in ("depthwise_kernel", "pointwise_kernel", "bias")}
+    assert separable | {"predictions/kernel", "the input images"} <= errors.keys()
+    assert len(errors) == len(document["gradients"]) > 60
+    assert max(each["float32"] for each in errors.values()) == document["gradient_error"]
+    assert max(each["float64"] for each in errors.values()) == document["float64_gradient_error"]
+
+
+def test_the_worst_gradients_have_a_row_each_and_the_others_one():
+    gradients = [side_by_side.GradientErrors(f"layer/{i}", i * 1e-7, (20 - i) * 1e-16) for i in range(20)]
+    rows = demo._gradient_rows(gradients)
+    assert rows[0] == ("layer/19", "1.9e-06", "1.0e-16")
+    assert [row[0] for row in rows[1:]] == [f"layer/{i}" for i in (18, 17, 16, 15, 14)] + ["the worst of the 14 others"]
+    assert rows[-1][1:] == ("1.3e-06", "2.0e-15")
+    assert demo._gradient_rows(gradients[:2]) == [("layer/1", "1.0e-07", "1.9e-15"), ("layer/0", "0.0e+00", "2.0e-15")]
+
+
+def test_a_gradient_that_is_no_number_is_the_worst():
+    gradients = [side_by_side.GradientErrors(name, error, error) for name, error in (("a", 1.0), ("b", float("nan")))]
+    assert demo._gradient_rows(gradients)[0] == ("b", "nan", "nan")
+    assert demo._gradient_rows([gradients[1], *gradients[:1] * 7])[0] == ("b", "nan", "nan")
+
+
 def test_accuracy_is_not_judged_in_a_small_demo(finished):
     assert not any("held-out" in check["name"] for check in finished[1]["checks"])
 
@@ -80,7 +105,8 @@ def test_its_picture_and_its_images_are_there(finished, run_json):
 
 def comparison(**values: float) -> side_by_side.Comparison:
     times = side_by_side.Times(1.0, 1.0)
-    right = side_by_side.Comparison((1.0, 1.0), 1e-6, 1e-5, 1e-15, 1e-12, 64, (times, times))
+    gradients = (side_by_side.GradientErrors("layer/kernel", 1e-5, 1e-12),)
+    right = side_by_side.Comparison((1.0, 1.0), 1e-6, 1e-5, 1e-15, 1e-12, gradients, 64, (times, times))
     return right._replace(**values)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
+from importlib.util import find_spec
 
+import keras
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
@@ -80,13 +81,22 @@ def test_the_demo_sheet_shows_mistakes_first(tmp_path, figures):
     assert titles == ["1, not 3", "0  100%", "1  100%", "2  100%", "4  100%"]
 
 
-def test_the_network_is_drawn_or_the_missing_program_named(tmp_path, monkeypatch):
-    import keras
+@pytest.mark.skipif(find_spec("pygraphviz") is None, reason="pygraphviz is not installed")
+def test_the_network_is_drawn_without_any_program(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("PATH", "")
+    heights = []
+    for layers in (1, 4):
+        model = keras.Sequential([keras.Input((4,)), *(keras.layers.Dense(2) for _ in range(layers))])
+        assert pictures.network(model, tmp_path / "model.png") is None
+        image = Image.open(tmp_path / "model.png")
+        heights.append(image.height)
+        assert image.width > 200 and np.asarray(image.convert("L")).std() > 5
+    assert heights[1] > 2 * heights[0]
+    assert capfd.readouterr() == ("", "")
 
-    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
-    problem = pictures.network(model, tmp_path / "model.png")
-    assert (problem is None) == (tmp_path / "model.png").exists() == (shutil.which("dot") is not None)
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    assert "Graphviz" in pictures.network(model, tmp_path / "model.png")
+
+def test_what_the_picture_of_the_network_lacks_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(pictures, "find_spec", lambda name: None)
-    assert "pydot" in pictures.network(model, tmp_path / "model.png")
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+    assert "pip install pydot pygraphviz" in pictures.network(model, tmp_path / "model.png")
+    assert not (tmp_path / "model.png").exists()
