@@ -2,7 +2,7 @@
 
 Choices follow from the shape alone, counted on REFERENCE_MULTIPROCESSORS, so that every card sums in the same order;
 but those of compute capability 9.0 have tiles of their own for half numbers and TF32.
-Nothing here has been timed on a card: the reasons are arithmetic.
+The reasons are arithmetic; what has been raced on a card, the README tells.
 """
 
 from __future__ import annotations
