@@ -1,6 +1,8 @@
 """What a race on a card says: a line a problem, and the table of geometric means beside what was aimed at. Losses show.
 
-`python -m fastsepconv.bench.cuda_report RUN.json` prints it again.
+`python -m fastsepconv.bench.cuda_report [RUN.json...] [--readme README.md]`
+
+prints it again, or puts it into the README, of these runs or of all that are kept in bench/results/.
 """
 
 from __future__ import annotations
@@ -12,9 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from .report import table
+from . import cuda_status
+from .report import LOSSES_IN_README, put_between_markers, table
 from .stats import geometric_mean
 
+RESULTS = Path(__file__).with_name("results")
+BEGIN, END = "<!-- cuda-bench:begin -->", "<!-- cuda-bench:end -->"
+NO_RACE = "No race on a card has been kept yet; `make bench-cuda` on a machine with one writes its table here.\n"
 OURS, STOCK = "fastsepconv", "stock layers"
 
 
@@ -88,9 +94,19 @@ def share_of_ceiling(record: dict, ceilings: dict) -> float | None:
     return least / entry["seconds"]["median"]
 
 
-def markdown(run: dict) -> str:
-    """Where it was measured, the table, what was lost, what is missing."""
-    parts = [_where(run), _means(run), *_lists(run)]
+def kept(folder: Path = RESULTS) -> list[Path]:
+    """The runs that are kept, one a card."""
+    return sorted(file for file in folder.glob("cuda-*.json") if file.name != cuda_status.FILE.name)
+
+
+def readme_part(runs: list[dict]) -> str:
+    """What the README says of these runs."""
+    return "\n".join(markdown(run, LOSSES_IN_README) for run in runs) or NO_RACE
+
+
+def markdown(run: dict, most: int | None = None) -> str:
+    """Where it was measured, the table, what was lost, what is missing; of long lists the first `most` lines."""
+    parts = [_where(run), _means(run), *_lists(run, most)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -133,27 +149,31 @@ def _cell(ratios: list[float]) -> str:
     return f"{geometric_mean(ratios):.2f}" + (f" ({lost} of {len(ratios)} lost)" if lost else "")
 
 
-def _lists(run: dict) -> Iterator[str]:
+def _lists(run: dict, most: int | None) -> Iterator[str]:
     """Losses, the worst first; what is not timed, and why; what there was no time for."""
     entries = [(r["name"], label, e) for r in run["problems"] for label, e in r["providers"].items()]
-    lost = sorted((e["ratio"]["ratio"], name, label) for name, label, e in entries if "ratio" in e)
-    raced, lost = len(lost), [each for each in lost if each[0] < 1]
-    if raced:
-        lines = [f"- {name}: {ratio:.2f}x {label}" for ratio, name, label in lost]
-        yield (
-            "\n".join([f"Losses, {len(lost)} of {raced} races:", "", *lines])
-            if lost
-            else f"No race of {raced} was lost."
-        )
+    ratios = sorted((e["ratio"]["ratio"], name, label) for name, label, e in entries if "ratio" in e)
+    lost = [f"- {name}: {ratio:.2f}x {label}" for ratio, name, label in ratios if ratio < 1]
+    if lost:
+        yield _listed(f"Losses, {len(lost)} of {len(ratios)} races", lost, most, "the worst {} of them")
+    elif ratios:
+        yield f"No race of {len(ratios)} was lost."
     untimed = [
         f"- {name}: {label} {e['status']}, {e['reason']}" for name, label, e in entries if e["status"] != "timed"
     ]
     if untimed:
-        yield "\n".join(["Not timed:", "", *untimed])
+        yield _listed(f"Not timed, {len(untimed)}", untimed, most, "the first {} of them")
     if run.get("no_networks"):
         yield f"No whole network was raced: {run['no_networks']}."
     if run["left_out"]:
-        yield f"No time was left for {len(run['left_out'])} problems: {', '.join(run['left_out'])}."
+        names = run["left_out"][:most]
+        more = " and others" if len(names) < len(run["left_out"]) else ""
+        yield f"No time was left for {len(run['left_out'])} problems: {', '.join(names)}{more}."
+
+
+def _listed(title: str, lines: list[str], most: int | None, which: str) -> str:
+    shown = lines[:most]
+    return "\n".join([title + (f", {which.format(most)}" if len(shown) < len(lines) else "") + ":", "", *shown])
 
 
 def _us(seconds: float) -> str:
@@ -161,10 +181,16 @@ def _us(seconds: float) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print a run that was saved."""
+    """Print runs that were saved, or put them into the README."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path)
-    print(markdown(json.loads(parser.parse_args(arguments).run.read_text())), end="")
+    parser.add_argument("runs", type=Path, nargs="*", metavar="RUN.json", help="default: all that are kept")
+    parser.add_argument("--readme", type=Path, help=f"replace what stands between {BEGIN} and {END} in this file")
+    args = parser.parse_args(arguments)
+    runs = [json.loads(file.read_text()) for file in args.runs or kept()]
+    if args.readme:
+        args.readme.write_text(put_between_markers(args.readme.read_text(), readme_part(runs), BEGIN, END))
+    else:
+        print("\n".join(map(markdown, runs)) or NO_RACE, end="")
     return 0
 
 

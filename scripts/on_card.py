@@ -114,11 +114,14 @@ def test(settings: dict[str, str], arguments: list[str]) -> int:
 
 
 def bench(settings: dict[str, str], arguments: list[str]) -> int:
-    """Race, within its time where that is asked to be short."""
+    """Race, within its time where that is asked to be short; without OUT the README's table follows the results."""
     folder = out()
     into = ["--folder", str(folder)] if folder else []
     seconds = QUICK_SECONDS if "--quick" in arguments else None
-    return run(settings, ["-m", "fastsepconv.bench.cuda", *into, *arguments], seconds)
+    code = run(settings, ["-m", "fastsepconv.bench.cuda", *into, *arguments], seconds)
+    if folder or code == MISSING:
+        return code
+    return run(settings, ["-m", "fastsepconv.bench.cuda_report", "--readme", str(ROOT / "README.md")]) or code
 
 
 def run(settings: dict[str, str], command: list[str], seconds: float | None = None) -> int:

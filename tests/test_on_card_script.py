@@ -261,14 +261,21 @@ def test_without_out_it_is_written_into_the_checkout_and_the_readmes_table_too(s
     monkeypatch.delenv("OUT", raising=False)
     script.test({}, [])
     script.bench({}, [])
-    *_, status, race = commands
-    assert status[2:] == [
-        "--ledger",
-        str(tmp_path / "build/cuda-ledger.jsonl"),
-        "--readme",
-        str(tmp_path / "README.md"),
-    ]
+    *_, status, race, table = commands
+    ledger, into_readme = str(tmp_path / "build/cuda-ledger.jsonl"), ["--readme", str(tmp_path / "README.md")]
+    assert status[2:] == ["--ledger", ledger, *into_readme]
     assert race[1:] == ["fastsepconv.bench.cuda"]
+    assert table[1:] == ["fastsepconv.bench.cuda_report", *into_readme]
+
+
+@pytest.mark.parametrize(("code", "count"), [(1, 2), (4, 1)])
+def test_a_race_that_failed_is_told_in_the_readme_and_one_that_never_began_is_not(script, monkeypatch, code, count):
+    monkeypatch.delenv("OUT", raising=False)
+    ran = []
+    monkeypatch.setattr(
+        script, "run", lambda settings, command, *seconds: ran.append(command) or code * (len(ran) == 1)
+    )
+    assert script.bench({}, []) == code and len(ran) == count
 
 
 def test_what_it_does_not_know_is_refused():

@@ -1,8 +1,8 @@
 """Depthwise convolution with the window in registers: a thread holds a few channels and slides along the width.
 
     forward    y[n,p,q,c]   = clamp(bias[c] + sum over r, s of x[n, p*v + r - top, q*v + s - left, c] * w[r,s,c])
-    d_x        d_x[n,h,w,c] = sum over r, s of dy[n, h + top - r, w + left - s, c] * w[r,s,c]
-    d_kernel   d_w[r,s,c]   = sum over n, p, q of dy[n,p,q,c] * x[n, p + r - top, q + s - left, c]
+    d_x        d_x[n,h,w,c] = sum over r, s of dy[n,p,q,c] * w[r,s,c],  p*v = h + top - r,  q*v = w + left - s
+    d_kernel   d_w[r,s,c]   = sum over n, p, q of dy[n,p,q,c] * x[n, p*v + r - top, q*v + s - left, c]
 
 x `[N,H,W,C]`, w `[R,S,C]`, y and dy `[N,P,Q,C]`; v is the stride. The taps stay in registers. Each column of the input
 is loaded once a row of taps and added to the outputs it belongs to, whose sums wait in slots that are taken in turn;
@@ -19,7 +19,7 @@ from numba import cuda, types
 
 from . import channel_vectors, ptx
 from .fragments import between, in_turn, inlined, select
-from .tiles import DEPTHWISE_THREADS, Launch, TiledKernel, WindowTile, window_place
+from .tiles import DEPTHWISE_THREADS, Launch, TiledKernel, WindowTile, bands_of, window_place
 
 THREADS = DEPTHWISE_THREADS
 
@@ -139,9 +139,7 @@ def forward(dtype: str, tile: WindowTile, relu: bool = False) -> TiledKernel:
         sums = cuda.local.array(sums_count, types.float32)
         weights = cuda.local.array(taps_count, types.float32)
         added = cuda.local.array(vector, types.float32)
-        channel, row, segment = window_place(
-            cuda.blockIdx.x, cuda.threadIdx.x, rows, channels, segments, channel_bits, vector
-        )
+        channel, row, segment = window_place(cuda.blockIdx.x, cuda.threadIdx.x, rows, channels, channel_bits, vector)
         mine = (channel < channels) & (row < rows) & (segment < segments)
         load_taps((weights, mine, w, channel, channels))
         load_bias(added, mine & (has_bias != 0), bias, channel)
@@ -166,113 +164,145 @@ def forward(dtype: str, tile: WindowTile, relu: bool = False) -> TiledKernel:
     return TiledKernel(depthwise_forward, signature, (THREADS, tile.blocks), launch)
 
 
-@cache
-def backward(dtype: str, tile: WindowTile) -> TiledKernel:
-    """Both gradients in one pass: dy is loaded once a row of taps, x once.
+def _gradient_rounds(dtype: str, tile: WindowTile):
+    """run_round((group, numbers, place, source, d_x)): as many columns of x as bring slots and strides back in turn.
 
-    kernel(x, w, dy, d_x, partials, rows, height, width, channels, out_height, out_width, top, left, groups, segments,
-           channel_bits, strip), where rows = N*H; the last four are those of `tile.gradient_plan`.
-    partials `[splits,R,S,C]` float32, to be added by `partial_sums.add_partials`. A thread takes every `strip`-th row
-    and keeps its sums of d_w throughout; the rows of a block then meet in shared memory.
-    Parallel over: channels, rows of x, and segments of a row. Assumes: as `forward`, and stride 1.
+    numbers is (weights, sums, window, waiting): the taps, the sums of d_w, and for each row of the band the `taps`
+    columns of x and of d_x in the window. place is (h, first, count, p, q): of x the band's first row, the segment's
+    first column and how many it has; of dy the last row and the first column that touch them. source is (x, dy, offset,
+    gradient, mine, height, width, out_height, out_width, channels), the offsets those of (h, first) and of (p, q).
     """
-    taps, vector = tile.taps, tile.width
-    held, window_count, taps_count = channel_vectors.register_count(dtype, vector), taps * vector, taps * taps * vector
+    taps, stride, vector, columns = tile.taps, tile.stride, tile.width, tile.gradient_columns
+    held = channel_vectors.register_count(dtype, vector)
     load, unpack = channel_vectors.loader(dtype, vector), channel_vectors.unpacker(dtype, vector)
     pack, store = channel_vectors.packer(dtype, vector), channel_vectors.storer(dtype, vector)
-    load_taps, sum_rows = tap_loader(dtype, vector, taps * taps), _block_sum(taps * taps)
+    whole = stride == 1  # bands and segments lie in the image, and registers are too few to ask
 
-    def load_input(phase):
-        """Loads the column of x that enters the window in column `phase` of a round of dy."""
-        slot = (phase + taps - 1) % taps * vector
+    @inlined
+    def is_inside(column, row, place, height):
+        h, first, count, _, _ = place
+        return (column < count) & (whole | ((first + column >= 0) & (h + row >= 0) & (h + row < height)))
+
+    def load_input(phase, row):
+        """Loads, of one row of the band, the column of x that enters the window in column `phase` of a round."""
+        slot = (row * taps + (phase + taps - 1) % taps) * vector
 
         @inlined
         def load_column(state):
-            group, (_, _, window, _), (x, _, offset, _, _, _, count, _, _, channels), mine, _ = state
+            group, (_, _, window, _), place, source, _ = state
+            x, _, offset, _, mine, height, width, _, _, channels = source
             registers = cuda.local.array(held, types.uint32)
-            at = np.int32(group * taps + phase)
-            load(registers, mine & (at < count), x, offset + np.int64(at) * channels)
+            at = np.int32(group * columns + phase)
+            inside = mine & is_inside(at, row, place, height)
+            load(registers, inside, x, offset + (np.int64(row) * width + at) * channels)
             unpack(window, slot, registers)
 
         return load_column
 
-    def add_row(phase, row):
-        """Loads dy for one row of taps, and adds to d_x of the columns in the window and to d_w of the row's taps."""
+    def add_row(phase, back):
+        """Loads dy `back` rows before p, and adds to d_x in the window and to d_w of the taps that meet it there."""
 
         @inlined
         def add(state):
-            group, (weights, sums, window, waiting), source, mine, _ = state
-            _, dy, _, gradient, p, u, _, out_height, out_width, channels = source
+            group, (weights, sums, window, waiting), (_, _, _, p, q), source, _ = state
+            _, dy, _, gradient, mine, _, _, out_height, out_width, channels = source
             registers = cuda.local.array(held, types.uint32)
             values = cuda.local.array(vector, types.float32)
-            at = np.int32(group * taps + phase)
-            inside = (u + at >= 0) & (u + at < out_width) & (p - row >= 0) & (p - row < out_height)
-            load(registers, mine & inside, dy, gradient + (at - np.int64(row) * out_width) * channels)
+            at = np.int32(group * (columns // stride) + phase // stride)
+            inside = (q + at >= 0) & (q + at < out_width) & (p - back >= 0) & (p - back < out_height)
+            load(registers, mine & inside, dy, gradient + (at - np.int64(back) * out_width) * channels)
             unpack(values, 0, registers)
-            for column in range(taps):
-                slot, tap = (phase + column) % taps * vector, (row * taps + column) * vector
-                for i in range(vector):
-                    waiting[slot + i] += values[i] * weights[tap + i]
-                    sums[tap + i] += values[i] * window[slot + i]
+            for row in range(back * stride, min(taps, (back + 1) * stride)):
+                for column in range(taps):
+                    slot = (row % stride * taps + (phase + column) % taps) * vector
+                    tap = (row * taps + column) * vector
+                    for i in range(vector):
+                        waiting[slot + i] += values[i] * weights[tap + i]
+                        sums[tap + i] += values[i] * window[slot + i]
 
         return add
 
-    def finish(phase):
-        """Writes the column of d_x that leaves the window, and empties its slot."""
-        slot = phase % taps * vector
+    def finish(phase, row):
+        """Writes, of one row of the band, the column of d_x that leaves the window, and empties its slot."""
+        slot = (row * taps + phase % taps) * vector
 
         @inlined
         def write(state):
-            group, (_, _, _, waiting), (_, _, offset, _, _, _, count, _, _, channels), mine, d_x = state
+            group, (_, _, _, waiting), place, source, d_x = state
+            _, _, offset, _, mine, height, width, _, _, channels = source
             registers = cuda.local.array(held, types.uint32)
             pack(registers, waiting, slot)
             for i in range(vector):
                 waiting[slot + i] = np.float32(0)
-            done = np.int32(group * taps + phase - (taps - 1))
-            store(registers, mine & (done >= 0) & (done < count), d_x, offset + np.int64(done) * channels)
+            done = np.int32(group * columns + phase - (taps - 1))
+            inside = mine & (done >= 0) & is_inside(done, row, place, height)
+            store(registers, inside, d_x, offset + (np.int64(row) * width + done) * channels)
 
         return write
 
     steps = []
-    for phase in range(taps):
-        steps += [load_input(phase), *(add_row(phase, row) for row in range(taps)), finish(phase)]
-    run_round = in_turn(steps)
+    for phase in range(columns):
+        steps += [load_input(phase, row) for row in range(stride)]
+        steps += [add_row(phase, back) for back in range(tile.slots)] * (phase % stride == 0)
+        steps += [finish(phase, row) for row in range(stride)]
+    return in_turn(steps)
+
+
+@cache
+def backward(dtype: str, tile: WindowTile) -> TiledKernel:
+    """Both gradients in one pass: dy is loaded once for `stride` rows of taps, x once.
+
+    kernel(x, w, dy, d_x, partials, bands, height, width, channels, out_height, out_width, top, left, groups, share,
+           channel_bits, strip): `bands` are those of all images, the last four are `tile.gradient_plan`'s.
+    A band is `stride` rows of x whose first one lies under row 0 of the taps for some row p of dy. So its row b meets
+    row b of the taps with row p, row b + stride with row p - 1, and so on. A segment begins with a column that lies
+    under the last column of the taps for some column of dy.
+    partials `[splits,R,S,C]` float32, to be added by `partial_sums.add_partials`. A thread takes every `strip`-th band
+    and keeps its sums of d_w throughout; the bands of a block then meet in shared memory.
+    Parallel over: channels, bands of x, and segments of a row. Assumes: as `forward`.
+    """
+    taps, stride, vector = tile.taps, tile.stride, tile.width
+    window_count, taps_count = stride * taps * vector, taps * taps * vector
+    load_taps, sum_bands = tap_loader(dtype, vector, taps * taps), _block_sum(taps * taps)
+    run_round = _gradient_rounds(dtype, tile)
 
     def depthwise_backward(
-        x, w, dy, d_x, partials, rows, height, width, channels, out_height, out_width, top, left, groups, segments,
+        x, w, dy, d_x, partials, bands, height, width, channels, out_height, out_width, top, left, groups, share,
         channel_bits, strip,
     ):  # fmt: skip
         weights = cuda.local.array(taps_count, types.float32)
         sums = cuda.local.array(taps_count, types.float32)
         window = cuda.local.array(window_count, types.float32)
         waiting = cuda.local.array(window_count, types.float32)
-        channel, first_row, segment = window_place(
-            cuda.blockIdx.x, cuda.threadIdx.x, strip, channels, segments, channel_bits, vector
+        channel, first_band, segment = window_place(
+            cuda.blockIdx.x, cuda.threadIdx.x, strip, channels, channel_bits, vector
         )
         load_taps((weights, channel < channels, w, channel, channels))
         for i in range(taps_count):
             sums[i] = np.float32(0)
-        share = np.int32((width + segments - 1) // segments)
-        first = np.int32(segment * share)
+        first = np.int32(segment * share - (left + (stride - 1) * (taps - 1)) % stride)
         count = np.int32(select(first + share < width, share, width - first))
-        u = np.int32(first + left - (taps - 1))
-        for turn in range((rows + strip - 1) // strip):
-            row = np.int32(first_row + turn * strip)
-            mine = (channel < channels) & (row < rows)
-            p = np.int32(row % height + top)
-            offset = (np.int64(row) * width + first) * channels + channel
-            gradient = ((np.int64(row // height) * out_height + p) * out_width + u) * channels + channel
+        q = np.int32((first + left - (taps - 1)) // stride)
+        image_bands = bands_of(height, top, stride)
+        for turn in range((bands + strip - 1) // strip):
+            band = np.int32(first_band + turn * strip)
+            mine = (channel < channels) & (band < bands)
+            p = np.int32(band % image_bands + top // stride)
+            h = np.int32(p * stride - top)
+            offset = ((np.int64(band // image_bands) * height + h) * width + first) * channels + channel
+            gradient = ((np.int64(band // image_bands) * out_height + p) * out_width + q) * channels + channel
             for i in range(window_count):
                 window[i] = np.float32(0)
                 waiting[i] = np.float32(0)
-            source = (x, dy, offset, gradient, p, u, count, out_height, out_width, channels)
+            numbers, place = (weights, sums, window, waiting), (h, first, count, p, q)
+            source = (x, dy, offset, gradient, mine, height, width, out_height, out_width, channels)
             for group in range(groups):
-                run_round((group, (weights, sums, window, waiting), source, mine, d_x))
+                run_round((group, numbers, place, source, d_x))
         side = cuda.threadIdx.x & ((1 << channel_bits) - 1)
-        sum_rows(sums, partials, channel - side * vector, channels, channel_bits)
+        sum_bands(sums, partials, channel - side * vector, channels, channel_bits)
 
-    def launch(rows: int, channels: int, width: int) -> Launch:
-        plan = tile.gradient_plan(rows, channels, width)
+    def launch(bands: int, channels: int, width: int) -> Launch:
+        plan = tile.gradient_plan(bands, channels, width)
         return Launch((tile.blocks_of(plan.strip, channels, plan.segments), 1, 1), THREADS, taps * taps * THREADS * 16)
 
     pointer = channel_vectors.pointer(dtype)

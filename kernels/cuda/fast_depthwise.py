@@ -1,8 +1,8 @@
 """Depthwise convolution in the fast tier, forward and backward, with the window in registers.
 
-Arguments as in `depthwise`. For 3x3 taps without dilation or multiplier, of stride 1 or, forward, 2. What lies outside
-of the image is multiplied as zero: a tap that is infinite makes NaN of the outputs along the border, and an infinity in
-dy makes NaN of gradients of the kernel, where the plain kernels leave out what is outside.
+Arguments as in `depthwise`. For 3x3 taps without dilation or multiplier, of stride 1 or 2. What lies outside of the
+image is multiplied as zero: a tap that is infinite makes NaN of the outputs along the border, and an infinity in dy
+makes NaN of gradients of the kernel, where the plain kernels leave out what is outside.
 """
 
 from __future__ import annotations
@@ -96,17 +96,18 @@ def backward(
 def _both_gradients(
     g: Geometry, x: Operand, kernel: Operand, dy: Operand, dx: Operand | None, d_kernel: Operand | None, stream: Stream
 ) -> None:
-    tile, rows = _known(_backward_tile(g, x.element)), g.batch * g.height
-    plan = tile.gradient_plan(rows, g.channels, g.width)
+    tile = _known(_backward_tile(g, x.element))
+    bands = g.batch * tiles.bands_of(g.height, g.pad_top, tile.stride)
+    plan = tile.gradient_plan(bands, g.channels, g.width)
     weights = g.kernel_height * g.kernel_width * g.channels
     with contextlib.ExitStack() as held:
         partials = held.enter_context(scratch(plan.splits * weights, "float32", stream))
-        target = dx or held.enter_context(scratch(rows * g.width * g.channels, x.element, stream))
+        target = dx or held.enter_context(scratch(g.batch * g.height * g.width * g.channels, x.element, stream))
         fast_kernels.run(
-            depthwise_window.backward, (x.element, tile), (rows, g.channels, g.width), stream,
+            depthwise_window.backward, (x.element, tile), (bands, g.channels, g.width), stream,
             x.pointer, kernel.pointer, dy.pointer, target.pointer, partials.pointer,
-            rows, g.height, g.width, g.channels, g.out_height, g.out_width, g.pad_top, g.pad_left,
-            plan.groups, plan.segments, plan.channel_bits, plan.strip,
+            bands, g.height, g.width, g.channels, g.out_height, g.out_width, g.pad_top, g.pad_left,
+            plan.groups, plan.share, plan.channel_bits, plan.strip,
         )  # fmt: skip
         if d_kernel:
             fast_kernels.add_partials(weights, plan.splits, partials, d_kernel, stream)

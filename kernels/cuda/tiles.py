@@ -2,11 +2,12 @@
 
 Choices follow from the shape alone, counted on REFERENCE_MULTIPROCESSORS, so that every card sums in the same order;
 but those of compute capability 9.0 have tiles of their own for half numbers and TF32.
-Nothing here has been timed on a card: the reasons are arithmetic.
+The reasons are arithmetic; what has been raced on a card, the README tells.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -249,6 +250,11 @@ class WindowTile(NamedTuple):
         """Outputs of a row that one column of input may belong to."""
         return -(-self.taps // self.stride)
 
+    @property
+    def gradient_columns(self) -> int:
+        """Columns of input after which the backward pass is where it was: in its window, and in a stride."""
+        return math.lcm(self.taps, self.stride)
+
     def segments(self, out_width: int) -> int:
         """Pieces that a row is cut into, each of 20 pixels at most: each reads two columns more than it has."""
         return -(-out_width // 20)
@@ -268,15 +274,17 @@ class WindowTile(NamedTuple):
         across = -(-channels // (self.width << bits))
         return across * segments * -(-rows // (DEPTHWISE_THREADS >> bits))
 
-    def gradient_plan(self, rows: int, channels: int, width: int) -> GradientPlan:
-        """How the backward pass shares the `rows` of all images: twice as many blocks as the card holds, no more."""
+    def gradient_plan(self, bands: int, channels: int, width: int) -> GradientPlan:
+        """How the backward pass shares the `bands` of all images: twice as many blocks as the card holds, no more."""
         segments, bits = self.segments(width), self.channel_bits(channels)
         side = DEPTHWISE_THREADS >> bits
         room = 2 * self.blocks * REFERENCE_MULTIPROCESSORS
-        repeat = max(1, self.blocks_of(rows, channels, segments) // room)
-        strip = -(-rows // (repeat * side)) * side
-        groups = -(-(-(-width // segments) + self.taps - 1) // self.taps)
-        return GradientPlan(groups, segments, bits, strip, strip // side * segments)
+        repeat = max(1, self.blocks_of(bands, channels, segments) // room)
+        strip = -(-bands // (repeat * side)) * side
+        # Whole strides, and room for the columns before the first one that a stride may begin with.
+        share = -(-(width + self.stride - 1) // (segments * self.stride)) * self.stride
+        groups = -(-(share + self.taps - 1) // self.gradient_columns)
+        return GradientPlan(groups, segments, share, bits, strip, strip // side * segments)
 
 
 class GradientPlan(NamedTuple):
@@ -284,13 +292,20 @@ class GradientPlan(NamedTuple):
 
     groups: int
     segments: int
+    share: int  # columns of a segment
     channel_bits: int
     strip: int
     splits: int
 
 
 @inlined
-def window_place(block, thread, rows, channels, segments, channel_bits, width):
+def bands_of(height, top, stride):
+    """Bands of `stride` rows that an image's rows lie in, counted from the padding's first row on."""
+    return (top % stride + height + stride - 1) // stride
+
+
+@inlined
+def window_place(block, thread, rows, channels, channel_bits, width):
     """(first channel, row, segment) of a thread: blocks follow each other along channels, then rows, then segments."""
     across = (channels + (width << channel_bits) - 1) // (width << channel_bits)
     down = (rows + (DEPTHWISE_THREADS >> channel_bits) - 1) // (DEPTHWISE_THREADS >> channel_bits)
@@ -324,10 +339,16 @@ WINDOWS: dict[str, dict[int, WindowTile]] = {  # forward, by stride
     "bfloat16": {1: _WINDOW_HALF, 2: _WINDOW_HALF._replace(stride=2, blocks=2)},
     "float16": {1: _WINDOW_HALF, 2: _WINDOW_HALF._replace(stride=2, blocks=2)},
 }
-GRADIENT_WINDOW = WindowTile(
+_GRADIENT_WINDOW = WindowTile(
     3, 1, 4, 3,
     "4 channels of any dtype: taps and sums of d_w, 36 each, with windows of x and d_x of 12 fill 168 registers",
 )  # fmt: skip
+GRADIENT_WINDOWS = {  # backward, of every dtype that has one forward, by stride
+    1: _GRADIENT_WINDOW,
+    2: _GRADIENT_WINDOW._replace(
+        stride=2, blocks=2, reason=_GRADIENT_WINDOW.reason + "; two rows of windows want more"
+    ),
+}
 
 _ROWS = "pixels whose mid fits beside the stages of w; 8 warps share a block, since only one fits"
 SEPARABLE_GEMMS = tuple(
@@ -338,13 +359,18 @@ SEPARABLE_GEMMS = tuple(
 
 def depthwise_forward(dtype: str, taps: tuple[int, int], strides: tuple[int, int], channels: int) -> WindowTile | None:
     """The forward tile for dilation 1 and multiplier 1, or None where it is the plain tier's."""
-    tile = WINDOWS.get(dtype, {}).get(strides[0])
-    if tile is None or taps != (tile.taps, tile.taps) or strides[0] != strides[1] or channels % tile.width:
-        return None
-    return tile
+    return _serving(WINDOWS.get(dtype, {}), taps, strides, channels)
 
 
 def depthwise_backward(dtype: str, taps: tuple[int, int], strides: tuple[int, int], channels: int) -> WindowTile | None:
     """The backward tile for dilation 1 and multiplier 1, or None where it is the plain tier's."""
-    fits = dtype in WINDOWS and taps == (3, 3) and strides == (1, 1) and channels % GRADIENT_WINDOW.width == 0
-    return GRADIENT_WINDOW if fits else None
+    return _serving(GRADIENT_WINDOWS if dtype in WINDOWS else {}, taps, strides, channels)
+
+
+def _serving(
+    windows: dict[int, WindowTile], taps: tuple[int, int], strides: tuple[int, int], channels: int
+) -> WindowTile | None:
+    tile = windows.get(strides[0])
+    if tile is None or taps != (tile.taps, tile.taps) or strides[0] != strides[1] or channels % tile.width:
+        return None
+    return tile

@@ -1,8 +1,8 @@
 """A block's share of a matrix product on Hopper's tensor cores, which read both operands from shared memory themselves.
 
 A warpgroup, four warps of a block, multiplies 64 rows of A by all columns of the tile, 32 bytes deep, by one
-instruction that runs beside its threads. Where the operands lie it is told by descriptors. Assembled, never run on a
-card.
+instruction that runs beside its threads. Where the operands lie it is told by descriptors. What of that has run on a
+card, the README tells.
 
 An operand stands in shared memory in panels, of rows of 128 bytes that begin on 1024, chunk c of row r at place
 c ^ (r & 7): the instruction's "128-byte swizzle". A stage is 128 bytes deep, 64 half numbers or 32 floats. Of a `deep`

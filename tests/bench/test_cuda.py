@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +18,7 @@ from fastsepconv.cli import console
 from fastsepconv.kernels import nvidia
 
 CEILINGS = {"copy": 4e12, "float32": 5e13, "tf32": 4e14, "bfloat16": 8e14}
+LAYERS = [CudaProblem("pointwise", 19, 728, 8 * n, 32, FORWARD, "tf32") for n in range(1, 15)]
 MIDDLE = CudaProblem("separable", 19, 728, 728, 32, FORWARD, "tf32")
 
 
@@ -229,6 +232,50 @@ def test_a_saved_run_is_printed_again(tmp_path, capsys):
     file.write_text(json.dumps(run_of((MIDDLE, 0.5))))
     assert cuda_report.main([str(file)]) == 0
     assert "Losses, 1 of 1 races" in capsys.readouterr().out
+
+
+README = Path(__file__).parents[2] / "README.md"
+MARKERS = cuda_report.BEGIN, cuda_report.END
+
+
+def test_the_readme_says_what_the_kept_races_say():
+    begin, end = MARKERS
+    runs = [json.loads(file.read_text()) for file in cuda_report.kept()]
+    assert README.read_text().split(begin)[1].split(end)[0] == "\n" + cuda_report.readme_part(runs)
+
+
+def test_kept_races_become_the_readmes_table_a_part_for_each_card(tmp_path, monkeypatch, capsys):
+    begin, end = MARKERS
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
+    monkeypatch.setattr(cuda_report, "kept", lambda kept=cuda_report.kept: kept(tmp_path))
+
+    def written() -> str:
+        assert cuda_report.main(["--readme", str(readme)]) == 0
+        before, part, after = re.split(f"{begin}|{end}", readme.read_text())
+        assert (before, after) == ("before\n", "\nafter\n")
+        return part
+
+    (tmp_path / "cuda-status.json").write_text("{}")
+    assert written() == "\n" + cuda_report.NO_RACE
+    for card in ("A card", "Other card"):
+        run = run_of((MIDDLE, 0.5)) | {"card": card}
+        (tmp_path / f"cuda-{cuda._slug(card)}.json").write_text(json.dumps(run))
+    part = written()
+    assert cuda_report.NO_RACE not in part and part.count("| separable forward, tf32, batch 32 |") == 2
+    assert part.index("Measured on A card") < part.index("Measured on Other card")
+    assert capsys.readouterr().out == ""
+
+
+def test_the_readme_is_told_the_worst_losses_and_how_many_there_are():
+    run = run_of(*((problem, 0.5 + i / 100) for i, problem in enumerate(LAYERS)), left_out=list("abcdefghijklmn"))
+    run["problems"][0]["providers"] |= {f"provider {i}": entry("failed") for i in range(13)}
+    part = cuda_report.readme_part([run])
+    assert f"Losses, {len(LAYERS)} of {len(LAYERS)} races, the worst 12 of them:" in part
+    assert f"- {LAYERS[0].name}: 0.50x cuDNN" in part and f"- {LAYERS[-1].name}" not in part
+    assert "Not timed, 13, the first 12 of them:" in part and "provider 12" not in part.split("Not timed")[1]
+    assert "No time was left for 14 problems: a, b, c, d, e, f, g, h, i, j, k, l and others." in part
+    assert f"- {LAYERS[-1].name}" in cuda_report.markdown(run)
 
 
 def test_the_file_is_named_after_the_card():

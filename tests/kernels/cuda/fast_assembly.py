@@ -12,12 +12,13 @@ import contextlib
 import hashlib
 import importlib.metadata
 import inspect
+import itertools
 import json
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -37,6 +38,7 @@ from fastsepconv.kernels.cuda import (
     transposition,
     warpgroup_tile,
 )
+from fastsepconv.kernels.cuda.fast_kernels import ELEMENTS, made
 from fastsepconv.kernels.nvidia import LEAST_CAPABILITY
 from tests.kernels.cuda.assembly import assembler
 
@@ -44,6 +46,7 @@ TABLE = Path(__file__).with_name("fast_assembly.json")
 TOOLKITS = ("cuda12", "cuda13")
 TOOLS = ("numba-cuda", "llvmlite", "nvidia-cuda-nvcc", "nvidia-nvvm", "nvidia-cuda-nvcc-cu12")
 CAPABILITIES = {LEAST_CAPABILITY: ("sm_80", "sm_90"), tiles.HOPPER: ("sm_90a",)}  # by what kernels are made of
+RELU = " after ReLU"
 INSTRUCTIONS = {
     "products": r"w?g?mma\.(?:sync|mma_async)",
     "copies": r"cp\.async\.c[ag]\.shared",
@@ -52,26 +55,40 @@ INSTRUCTIONS = {
     "wide_stores": r"st\.global\.v4",
 }
 
+Maker = Callable[..., tiles.TiledKernel]
 
-def kernels() -> Iterator[tuple[str, tiles.TiledKernel]]:
-    """Every kernel, dtype and tile of the tables, by name."""
-    for dtype, found in [*tiles.POINTWISE.items(), *tiles.WARPGROUP_POINTWISE.items()]:
+
+def makers(capability: tuple[int, int] = tiles.HOPPER[:2]) -> Iterator[tuple[Maker, tuple]]:
+    """What makes each kernel that cards of this capability run, `make(*which)`, those first that take longest.
+
+    Every dtype and tile of the tables is here; cards of Hopper's capability run all.
+    """
+    for dtype, gemm in itertools.product(("bfloat16", "float16"), tiles.SEPARABLE_GEMMS):
+        for window in tiles.WINDOWS[dtype].values():
+            yield separable_rows.forward, (dtype, tiles.SeparableTile(gemm, window))
+    for dtype in ELEMENTS:
+        for window in tiles.GRADIENT_WINDOWS.values():
+            yield depthwise_window.backward, (dtype, window)
+        for window in tiles.WINDOWS[dtype].values():
+            yield depthwise_window.forward, (dtype, window)
+    warpgroups = tiles.WARPGROUP_POINTWISE if capability == tiles.HOPPER[:2] else {}
+    for dtype, found in (*tiles.POINTWISE.items(), *warpgroups.items()):
         for tile in found:
             for make in pointwise_tensor.factories(dtype, tile):
-                yield f"pointwise {make.__name__} {dtype} {tile.name}", make(dtype, tile)
-    yield "transpose tf32", transposition.transpose("tf32")
-    for dtype, by_stride in tiles.WINDOWS.items():
-        for stride, window in by_stride.items():
-            yield f"depthwise forward {dtype} stride {stride}", depthwise_window.forward(dtype, window)
-            yield f"depthwise forward {dtype} stride {stride} relu", depthwise_window.forward(dtype, window, True)
-        yield f"depthwise backward {dtype}", depthwise_window.backward(dtype, tiles.GRADIENT_WINDOW)
-        yield f"partial sums {dtype}", partial_sums.add_partials(dtype)
-    for dtype in ("bfloat16", "float16"):
-        for gemm in tiles.SEPARABLE_GEMMS:
-            for relu in (False, True):
-                tile = tiles.SeparableTile(gemm, tiles.WINDOWS[dtype][1])
-                name = f"separable forward {dtype} {gemm.name}{' relu' * relu}"
-                yield name, separable_rows.forward(dtype, tile, relu)
+                yield make, (dtype, tile)
+    if warpgroups:
+        yield transposition.transpose, ("tf32",)
+    for dtype in ELEMENTS:
+        yield partial_sums.add_partials, (dtype,)
+
+
+def kernels() -> Iterator[tuple[str, tiles.TiledKernel]]:
+    """Every kernel by its name; those that have it also with a ReLU before them, which no operation asks for yet."""
+    for make, which in makers():
+        name = made(make, *which).kernel.name
+        yield name, make(*which)
+        if make in (depthwise_window.forward, separable_rows.forward):
+            yield f"{name}{RELU}", make(*which, True)
 
 
 def compiled(kernel: tiles.TiledKernel) -> str:

@@ -25,11 +25,11 @@ WINDOWS = {  # image, padding
     "one row of many channels": ((3, 1, 4, 264), "same"),
 }
 
-SEPARABLE = {  # image, taps, multiplier, stride, filters; the depthwise kernels that serve it
-    "a window": ((2, 5, 23, 40), (3, 3), 1, 1, 24, "window"),
-    "stride 2": ((1, 7, 6, 16), (3, 3), 1, 2, 72, "forward"),
-    "five taps": ((1, 5, 4, 8), (5, 5), 1, 1, 8, "plain"),
-    "a multiplier, odd channels": ((1, 4, 3, 3), (3, 2), 2, 1, 10, "plain"),
+SEPARABLE = {  # image, taps, multiplier, stride, filters; whether the depthwise step has a window in registers
+    "stride 1": ((2, 5, 23, 40), (3, 3), 1, 1, 24, True),
+    "stride 2": ((1, 7, 6, 16), (3, 3), 1, 2, 72, True),
+    "five taps": ((1, 5, 4, 8), (5, 5), 1, 1, 8, False),
+    "a multiplier, odd channels": ((1, 4, 3, 3), (3, 2), 2, 1, 10, False),
 }
 
 

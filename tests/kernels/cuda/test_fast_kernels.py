@@ -240,24 +240,43 @@ def test_a_nan_passes_the_prologue_and_the_epilogue(rng):
     assert np.argwhere(np.isnan(y)).tolist() == [[0, 0, 0, 3]]
 
 
-@pytest.mark.parametrize("image", IMAGES, ids=str)
-@pytest.mark.parametrize("padding", ["same", "valid", ((2, 0), (0, 2))], ids=str)
+PADDINGS = ["same", "valid", ((2, 0), (0, 2)), ((1, 0), (1, 0))]  # of the last, strides of 2 leave pixels out
+
+
+@pytest.mark.parametrize("image", [*IMAGES, (1, 4, 8, 24)], ids=str)  # of the last, even strides end with the image
+@pytest.mark.parametrize("padding", PADDINGS, ids=str)
+@pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_depthwise_backward(dtype, padding, image, rng):
-    window, (batch, height, width, channels) = tiles.GRADIENT_WINDOW, image
-    g = geometry.resolve(image, (3, 3, channels, 1), (1, 1), padding, (1, 1))
+def test_depthwise_backward(dtype, stride, padding, image, rng):
+    window, channels = tiles.GRADIENT_WINDOWS[stride], image[3]
+    check_depthwise_backward(dtype, window, padding, image, rng)
+    assert tiles.depthwise_backward(dtype, (3, 3), (stride, stride), channels) is window
+    assert tiles.depthwise_backward(dtype, (3, 3), (stride, 3), channels) is None
+    assert tiles.depthwise_backward(dtype, (3, 3), (stride, stride), channels + 2) is None
+
+
+@pytest.mark.parametrize(("taps", "stride"), [(5, 1), (5, 2), (3, 3), (4, 2), (2, 3)])
+def test_depthwise_backward_with_other_taps_and_strides(taps, stride, rng):
+    """Taps of which a stride takes some twice, all once, and fewer than it is long."""
+    check_depthwise_backward("float32", tiles.WindowTile(taps, stride, 4, 2, ""), "same", (1, 7, 23, 24), rng)
+
+
+def check_depthwise_backward(dtype, window, padding, image, rng):
+    batch, height, width, channels = image
+    taps = (window.taps, window.taps)
+    g = geometry.resolve(image, (*taps, channels, 1), (window.stride, window.stride), padding, (1, 1))
     x, w, dy = (stored(rng.standard_normal(shape), dtype) for shape in (image, g.kernel_shape, g.output_shape))
-    dx, rows = poisoned(image, dtype), batch * height
-    plan = window.gradient_plan(rows, channels, width)
+    dx, bands = poisoned(image, dtype), batch * tiles.bands_of(height, g.pad_top, window.stride)
+    plan = window.gradient_plan(bands, channels, width)
     for strip in (plan.strip, plan.strip // 2 or 1):
         side = tiles.DEPTHWISE_THREADS >> plan.channel_bits
         strip = -(-strip // side) * side
         plan = plan._replace(strip=strip, splits=strip // side * plan.segments)
-        partials = np.full((plan.splits, 3, 3, channels), np.nan, np.float32)
+        partials = np.full((plan.splits, *taps, channels), np.nan, np.float32)
         dx[...] = poisoned(1, dtype)
         arguments = (
-            x, w, dy, dx, partials, rows, height, width, channels, g.out_height, g.out_width, g.pad_top, g.pad_left,
-            plan.groups, plan.segments, plan.channel_bits, plan.strip,
+            x, w, dy, dx, partials, bands, height, width, channels, g.out_height, g.out_width, g.pad_top, g.pad_left,
+            plan.groups, plan.share, plan.channel_bits, plan.strip,
         )  # fmt: skip
         watched = run_backward(dtype, window, plan, channels, arguments)
         exact_dx, exact_dw, _ = reference.depthwise_backward(g, *(valued(a, dtype) for a in (x, w, dy)))
@@ -269,8 +288,8 @@ def test_depthwise_backward(dtype, padding, image, rng):
 
 def run_backward(dtype, window, plan, channels, arguments):
     """With the blocks of this very plan, whatever the table would choose for so small an image."""
-    blocks = window.blocks_of(plan.strip, channels, plan.segments)
-    launch = tiles.Launch((blocks, 1, 1), tiles.DEPTHWISE_THREADS, 9 * tiles.DEPTHWISE_THREADS * 16)
+    blocks, threads = window.blocks_of(plan.strip, channels, plan.segments), tiles.DEPTHWISE_THREADS
+    launch = tiles.Launch((blocks, 1, 1), threads, window.taps**2 * threads * 16)
     return emulator.run(MODULES, depthwise_window.backward, (dtype, window), launch, arguments)
 
 

@@ -79,7 +79,7 @@ def test_depthwise(numbers, stride, window, ran, rng):
     g = resolve(image, (3, 3, image[3], 1), (stride, stride), padding, (1, 1))
     inputs = normal(rng, image, g.kernel_shape)
     check(numbers, "depthwise", (g,), inputs, *normal(rng, (image[3],), g.output_shape))
-    assert "_s" in ran[0] and (ran[1].startswith("depthwise_backward[") or stride == 2)
+    assert f"_s{stride}_" in ran[0] and ran[1].startswith("depthwise_backward[") and f"_s{stride}_" in ran[1]
 
 
 LARGE_SEPARABLE = [

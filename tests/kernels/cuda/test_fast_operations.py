@@ -125,22 +125,21 @@ def test_depthwise(numbers, stride, window, emulated, rng):
     image, padding = window
     g = resolve(image, (3, 3, image[3], 1), (stride, stride), padding, (1, 1))
     inputs = normal(rng, image, g.kernel_shape)
-    backward = stride == 1  # the other one is the plain kernels', and slow here
-    check(numbers, "depthwise", (g,), inputs, *normal(rng, (image[3],), g.output_shape), backward=backward)
-    gradients = ["depthwise_backward", "add_partials", "row_sums", "part_sums"]
-    assert names(emulated) == ["depthwise_forward", *(gradients if backward else [])]
+    check(numbers, "depthwise", (g,), inputs, *normal(rng, (image[3],), g.output_shape))
+    assert names(emulated) == ["depthwise_forward", "depthwise_backward", "add_partials", "row_sums", "part_sums"]
     assert not emulated.memory
 
 
 @pytest.mark.parametrize("numbers", FLOATS[:2])
-def test_threads_take_several_rows_where_the_card_is_full(numbers, emulated, monkeypatch, rng):
+@pytest.mark.parametrize("stride", [1, 2])
+def test_threads_take_several_bands_where_the_card_is_full(numbers, stride, emulated, monkeypatch, rng):
     from fastsepconv.kernels.cuda import tiles
 
     monkeypatch.setattr(tiles, "REFERENCE_MULTIPROCESSORS", 1)
-    image = (5, 13, 43, 136)
-    g = resolve(image, (3, 3, 136, 1), (1, 1), "same", (1, 1))
-    rows = image[0] * image[1]
-    assert tiles.GRADIENT_WINDOW.gradient_plan(rows, 136, 43).strip < rows
+    image = (5, 13 * stride, 43, 136)
+    g = resolve(image, (3, 3, 136, 1), (stride, stride), "same", (1, 1))
+    bands = image[0] * tiles.bands_of(g.height, g.pad_top, stride)
+    assert tiles.GRADIENT_WINDOWS[stride].gradient_plan(bands, 136, 43).strip < bands
     check(numbers, "depthwise", (g,), normal(rng, image, g.kernel_shape), *normal(rng, (136,), g.output_shape))
 
 
@@ -153,11 +152,11 @@ def test_separable(numbers, case, emulated, monkeypatch, rng):
     g = resolve(image, (*taps, image[3], multiplier), (stride, stride), "same", (1, 1))
     inputs, out = separable_inputs(rng, g, filters), (*g.output_shape[:3], filters)
     check(numbers, "separable", (g,), inputs, *normal(rng, (filters,), out))
-    fused = DTYPES[numbers] is not np.float32 and window != "plain"
+    fused = DTYPES[numbers] is not np.float32 and window
     forward = ["separable_forward"] if fused else ["depthwise_forward", "pointwise_forward"]
     products = ["pointwise_input_gradient", "pointwise_kernel_gradient", "add_partials", "row_sums", "part_sums"]
     plain = ["depthwise_d_x", "depthwise_d_kernel", "part_sums"]
-    gradients = ["depthwise_backward", "add_partials"] if window == "window" else plain
+    gradients = ["depthwise_backward", "add_partials"] if window else plain
     assert names(emulated) == [*forward, "depthwise_forward", *products, *gradients]
     assert not emulated.memory
 

@@ -217,7 +217,7 @@ def pointwise(double, rows=40, channels=16, filters=24, dtypes=("float32",) * 4,
 
 PLAIN_POINTWISE = {
     "float64": {"dtypes": ("float64",) * 4},
-    "a mixture of elements": {"dtypes": ("float32", "float32", "float32", "float16")},
+    "a mixture of elements": {"dtypes": ("float32", "float16", "float16", "float16")},
     "half numbers in an odd row": {"dtypes": ("bfloat16",) * 4, "channels": 15},
     **{f"array {i} off its alignment": {"shifts": tuple(4 * (i == j) for j in range(4))} for i in range(4)},
 }

@@ -7,13 +7,12 @@ find every kernel on the disk. Exit codes: 0; 1 where a kernel does not compile;
 from __future__ import annotations
 
 import importlib.metadata
-import itertools
 import multiprocessing
 import os
 import platform
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 
@@ -130,39 +129,12 @@ def compiled(work: tuple[int, tuple[int, int]]) -> str | None:
 @cache
 def kernels(capability: tuple[int, int]) -> list:
     """Every kernel of both tiers that cards of this capability run, those that take longest first."""
+    from fastsepconv.kernels.cuda.fast_kernels import made
+
     from .assembly import kernels as plain
+    from .fast_assembly import makers
 
-    return [*fast_kernels(capability), *plain()]
-
-
-def fast_kernels(capability: tuple[int, int]) -> Iterator:
-    """The fast tier's, as its operations make them."""
-    from fastsepconv.kernels.cuda import (
-        depthwise_window,
-        partial_sums,
-        pointwise_tensor,
-        separable_rows,
-        tiles,
-        transposition,
-    )
-    from fastsepconv.kernels.cuda.fast_kernels import ELEMENTS, made
-
-    for dtype, gemm in itertools.product(("bfloat16", "float16"), tiles.SEPARABLE_GEMMS):
-        for window in tiles.WINDOWS[dtype].values():
-            yield made(separable_rows.forward, dtype, tiles.SeparableTile(gemm, window)).kernel
-    for dtype in ELEMENTS:
-        yield made(depthwise_window.backward, dtype, tiles.GRADIENT_WINDOW).kernel
-        for window in tiles.WINDOWS[dtype].values():
-            yield made(depthwise_window.forward, dtype, window).kernel
-    warpgroups = tiles.WARPGROUP_POINTWISE if capability == tiles.HOPPER[:2] else {}
-    for dtype, found in (*tiles.POINTWISE.items(), *warpgroups.items()):
-        for tile in found:
-            for make in pointwise_tensor.factories(dtype, tile):
-                yield made(make, dtype, tile).kernel
-    if warpgroups:
-        yield made(transposition.transpose, "tf32").kernel
-    for dtype in ELEMENTS:
-        yield made(partial_sums.add_partials, dtype).kernel
+    return [*(made(make, *which).kernel for make, which in makers(capability)), *plain()]
 
 
 def _capability() -> tuple[int, int]:
