@@ -33,6 +33,7 @@ def ran(double, monkeypatch) -> Iterator[set[str]]:
     from fastsepconv.kernels.cuda import binaries, fast_separable, launch
 
     monkeypatch.setattr(dispatch, "_obstacle", lambda backend: None)
+    dispatch._kernels.cache_clear()  # what can run here is kept; so too below, when nothing of it is true any more
     double.card_of_others = 0
     monkeypatch.setattr(binaries, "get", lambda kernel, capability: binaries.Binary(kernel.name, b""))
     monkeypatch.setattr(fast_separable, "MID_COST", float("inf"))
@@ -41,6 +42,7 @@ def ran(double, monkeypatch) -> Iterator[set[str]]:
     yield names
     launch.listeners.remove(names.add)
     forget_choices()
+    dispatch._kernels.cache_clear()
 
 
 def forget_choices() -> None:
