@@ -129,7 +129,9 @@ def run(settings: dict[str, str], command: list[str], seconds: float | None = No
 
     Then it is interrupted, and after its last words ended, with all that it has started: what runs on would disturb.
     """
-    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=settings, process_group=0)
+    process = subprocess.Popen(
+        [sys.executable, *command], cwd=ROOT, env=settings, process_group=0, preexec_fn=_heed_interrupts
+    )
     try:
         return process.wait(seconds)
     except subprocess.TimeoutExpired:
@@ -142,6 +144,11 @@ def run(settings: dict[str, str], command: list[str], seconds: float | None = No
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def _heed_interrupts() -> None:
+    """What a shell starts in the background ignores them, and so would all that it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def main(what: str, *arguments: str) -> int:

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -159,6 +160,15 @@ def test_nothing_that_a_command_has_started_runs_on(script, tmp_path):
     assert file.read_text() == last
 
 
+@pytest.fixture(params=[signal.default_int_handler, signal.SIG_IGN], ids=["foreground", "background"])
+def as_a_shell_starts_it(request):
+    """In the background, a shell's commands ignore interrupts."""
+    usual = signal.signal(signal.SIGINT, request.param)
+    yield
+    signal.signal(signal.SIGINT, usual)
+
+
+@pytest.mark.usefixtures("as_a_shell_starts_it")
 def test_tests_that_take_too_long_tell_what_has_failed(script, tmp_path, capfd):
     """Without that, a failure at the beginning would be lost with the time that the others took."""
     slow = tmp_path / "test_slow.py"
