@@ -153,6 +153,15 @@ def _input_line(dtype, g, c, count, n, h, kernel, dy, d_x):
         )  # fmt: skip
 
 
+@kernel
+def input_lines(dtype, g, first, last, kernel, dy, d_x):
+    """Lines first..last of d_x, counted over all images. Assumes: g.multiplier is 1."""
+    step = channel_block(dtype, g.out_width * g.kernel_height)
+    for c in range(0, g.channels, step):
+        for i in range(first, last):
+            _input_line(dtype, g, c, min(step, g.channels - c), i // g.height, i % g.height, kernel, dy, d_x)
+
+
 @parallel_kernel
 def input_gradient(dtype, worker, workers, g, kernel, dy, d_x):
     """A worker's share of the lines of d_x. Assumes: g.multiplier is 1.
@@ -161,11 +170,8 @@ def input_gradient(dtype, worker, workers, g, kernel, dy, d_x):
     """
     first, last = share(g.batch * g.height, worker, workers)
     band = _band(g.width, g.channels, np.empty(0, dtype).itemsize)
-    step = channel_block(dtype, g.out_width * g.kernel_height)
     for line in range(first, last, band):
-        for c in range(0, g.channels, step):
-            for i in range(line, min(line + band, last)):
-                _input_line(dtype, g, c, min(step, g.channels - c), i // g.height, i % g.height, kernel, dy, d_x)
+        input_lines(dtype, g, line, min(line + band, last), kernel, dy, d_x)
 
 
 @compiled_once
@@ -272,14 +278,14 @@ def _correlate(dtype, g, n_first, n_last, p_first, p_last, x, dy, d_kernel):
 
 
 @kernel
-def _lines_at_once(dtype, g):
-    """Output lines that stay in L2 together with those of x that they are made of."""
+def lines_at_once(dtype, g, size):
+    """Output lines that fit into `size` bytes together with those of x that they are made of."""
     line_bytes = (g.width * g.stride_height + g.out_width) * g.channels * np.empty(0, dtype).itemsize
-    return max(1, BAND_BYTES // max(1, line_bytes))
+    return max(1, size // max(1, line_bytes))
 
 
 @kernel
-def _next_lines(g, line, last, at_once):
+def next_lines(g, line, last, at_once):
     """What of the output lines line..last, counted over all images, is taken next: (whole images, lines).
 
     Whole images where they begin here and fit in; else 0 of them, and lines of one image.
@@ -289,6 +295,16 @@ def _next_lines(g, line, last, at_once):
     return images, images * g.out_height if images > 0 else min(min(g.out_height - p, last - line), at_once)
 
 
+@kernel
+def correlate_lines(dtype, g, line, images, count, x, dy, d_kernel):
+    """Adds what `next_lines` says of the output lines from `line` on to d_kernel."""
+    n, p = line // g.out_height, line % g.out_height
+    if images > 0:
+        _correlate(dtype, g, n, n + images, 0, g.out_height, x, dy, d_kernel)
+    else:
+        _correlate(dtype, g, n, n + 1, p, p + count, x, dy, d_kernel)
+
+
 @parallel_kernel
 def _kernel_gradient(dtype, worker, workers, g, x, dy, sums):
     """A worker's groups of output lines, each group summed into its own copy of d_kernel.
@@ -296,7 +312,7 @@ def _kernel_gradient(dtype, worker, workers, g, x, dy, sums):
     Parallel over: a fixed number of groups of output lines.
     """
     itemsize = np.empty(0, dtype).itemsize
-    at_once = _lines_at_once(dtype, g)
+    at_once = lines_at_once(dtype, g, BAND_BYTES)
     size = g.kernel_height * g.kernel_width * g.channels
     first_group, last_group = share(GRADIENT_GROUPS, worker, workers)
     for group in range(first_group, last_group):
@@ -304,12 +320,8 @@ def _kernel_gradient(dtype, worker, workers, g, x, dy, sums):
         view(dtype, out, size)[:] = 0
         line, last = share(g.batch * g.out_height, group, GRADIENT_GROUPS)
         while line < last:
-            n, p = line // g.out_height, line % g.out_height
-            images, count = _next_lines(g, line, last, at_once)
-            if images > 0:
-                _correlate(dtype, g, n, n + images, 0, g.out_height, x, dy, out)
-            else:
-                _correlate(dtype, g, n, n + 1, p, p + count, x, dy, out)
+            images, count = next_lines(g, line, last, at_once)
+            correlate_lines(dtype, g, line, images, count, x, dy, out)
             line += count
 
 

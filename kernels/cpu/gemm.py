@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .gemm_tile import GEMM_ROWS, UNROLL, gemm_columns, gemm_tile
+from .gemm_tile import ASK_STEP, GEMM_ROWS, UNROLL, gemm_columns, gemm_tile
 from .jit import kernel
 from .memory import ceil_div, share
 from .packing import pack, pack_panel, packed_length
@@ -159,13 +159,13 @@ def _multiply_panel(
     Of what comes next the first tiles ask for the next panel, a column of lines each, and the others for `ahead`.
     """
     itemsize = np.empty(0, dtype).itemsize
-    asks, packed = depth // UNROLL, panel  # lines that a tile asks for
-    lines = _lines(dtype, gemm_columns(dtype)) * UNROLL  # columns of them, each of every UNROLLth row
+    asks, packed = depth // ASK_STEP, panel  # lines that a tile asks for
+    lines = _lines(dtype, gemm_columns(dtype)) * ASK_STEP  # columns of them, each of every ASK_STEPth row
     silent = _silent_tiles(panel)
     for m in range(0, rows, TILE_ROWS):
         height, turn = min(TILE_ROWS, rows - m), m // TILE_ROWS - silent
-        wanted = next_b + turn // UNROLL * CACHE_LINE + turn % UNROLL * next_step * itemsize
-        step = UNROLL * next_step
+        wanted = next_b + turn // ASK_STEP * CACHE_LINE + turn % ASK_STEP * next_step * itemsize
+        step = ASK_STEP * next_step
         if turn >= lines:
             wanted, step = ahead + (turn - lines) * asks * ahead_step * itemsize, ahead_step
         block = a + m * a_row * itemsize if height == TILE_ROWS or tail == 0 else tail
@@ -192,7 +192,7 @@ def multiply_block(
     itemsize = np.empty(0, dtype).itemsize
     width, line = gemm_columns(dtype), CACHE_LINE // itemsize
     silent = 0 if panels != 0 else _silent_tiles(own)
-    asks_ahead = max(0, ceil_div(rows, TILE_ROWS) - silent - _lines(dtype, width) * UNROLL) * (depth // UNROLL)
+    asks_ahead = max(0, ceil_div(rows, TILE_ROWS) - silent - _lines(dtype, width) * ASK_STEP) * (depth // ASK_STEP)
     step_ahead = min(line, ceil_div(ahead_length, max(1, ceil_div(f_last - f_first, width) * asks_ahead)))
     for f in range(f_first, f_last, width):
         columns = min(width, filters - f)

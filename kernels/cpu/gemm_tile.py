@@ -18,6 +18,7 @@ from .tiles import CHOSEN
 
 GEMM_ROWS = CHOSEN.rows
 UNROLL = CHOSEN.unroll
+ASK_STEP = CHOSEN.ask_step
 SUMMED_AT_ONCE = 256  # products in a running sum: its rounding error grows with its length, that of sums of sums less
 ROWS_A_POINTER = 3
 FEW_LINES = 8  # of c, that may be asked for at once
@@ -43,8 +44,8 @@ def gemm_tile(
 
     for i < rows, j < columns. `tile_rows` is one of GEMM_ROWS, at least `rows`; `columns` is at most `vectors*lanes`.
     All `tile_rows` rows of a and all `vectors*lanes` columns of b are read, whatever `rows` and `columns` are.
-    Meanwhile b is copied into the packed `panel`, if that is not 0, and one cache line every UNROLL k is asked for in
-    L2: that which holds `ahead + k//UNROLL*ahead_step`. Where UNROLL > 1, a tile that packs b asks for nothing.
+    Meanwhile b is copied into the packed `panel`, if that is not 0, and one cache line every ASK_STEP k is asked for in
+    L2: that which holds `ahead + k//ASK_STEP*ahead_step`. Where UNROLL > 1, a tile that packs b asks for nothing.
 
     Assumes: depth >= 0; a's rows and b's columns readable to the tile's full size; b in a panel already where `panel`
     is 0; c's rows at multiples of a vector if `past_caches` is not 0.
@@ -91,8 +92,11 @@ def _gemm_tile(
                 for k, b_vectors in enumerate(b_rows.take_packed(UNROLL)):
                     _multiply_step(emit, sums, a_rows, a_row, b_vectors, builder.mul(a_step, index(k)))
             _advance(emit, a_rows, builder.mul(a_step, index(UNROLL)))
-            later = emit.at(emit.pointer(ahead), builder.mul(turn, ahead_step))
+            asks = UNROLL // ASK_STEP
+            later = emit.at(emit.pointer(ahead), builder.mul(turn, builder.mul(ahead_step, index(asks))))
             output.take_turn(turn, later)
+            for ask in range(1, asks):
+                emit.prefetch(emit.at(later, builder.mul(ahead_step, index(ask))))
         if UNROLL > 1:
             with cgutils.for_range(builder, builder.sub(count, builder.mul(turns, index(UNROLL)))):
                 _multiply_step(emit, sums, a_rows, a_row, b_rows.take())
@@ -197,7 +201,10 @@ class _OutputLines:
         self.nothing = cgutils.alloca_once(builder, emit.type)  # a line that is in L1 anyway
         self.wanted = builder.icmp_signed("==", past_caches, index(0))
         lines = builder.select(self.wanted, index(height * self.lines_a_row), index(0))
-        apart = builder.and_(builder.mul(c_row, index(emit.itemsize)), index(L1_PERIOD // 2 - 1))
+        row_bytes = builder.mul(c_row, index(emit.itemsize))
+        across = builder.icmp_signed("!=", builder.and_(row_bytes, index(CACHE_LINE - 1)), index(0))
+        self.next = builder.select(across, index(CACHE_LINE // emit.itemsize), index(0))
+        apart = builder.and_(row_bytes, index(L1_PERIOD // 2 - 1))
         self.collide = builder.icmp_signed("==", apart, index(0))
         self.to_l1 = builder.select(self.collide, index(0), lines)
         self.to_l2 = builder.select(self.collide, lines, index(0))
@@ -228,6 +235,7 @@ class _OutputLines:
         line, nothing = emit.at(self.c, offset), builder.bitcast(self.nothing, self.c.type)
         first = builder.select(builder.icmp_signed("<", turn, self.to_l1), line, nothing)
         emit.prefetch(first, level=1, write=True)
+        emit.prefetch(emit.at(first, self.next), level=1, write=True)
         emit.prefetch(builder.select(builder.icmp_signed("<", turn, self.to_l2), line, otherwise))
 
 

@@ -29,7 +29,7 @@ from .gemm import (
     tile_height,
     work,
 )
-from .gemm_tile import UNROLL, gemm_columns, gemm_tile
+from .gemm_tile import ASK_STEP, gemm_columns, gemm_tile
 from .jit import entry, kernel
 from .memory import address, ceil_div, copy, fence, keep, share, view
 from .packing import pack_panel, pack_strip, strip_width
@@ -40,6 +40,39 @@ from .tiles import CHOSEN
 GRADIENT_PANEL_BYTES = 24 * 1024  # L1 holds a panel of dy and a strip of x
 GRADIENT_BLOCK_ROWS = GRADIENT_PANEL_BYTES // (CHOSEN.vectors * CHOSEN.vector_bytes)  # before d_kernel is touched
 BIAS_GROUPS = 16  # partial sums of d_bias: a constant, so that the result does not depend on the thread count
+
+
+@kernel
+def rows_length(dtype, depth, tiles):
+    """Elements of scratch memory that `multiply_rows` wants for rows of so many tiles at once."""
+    return (tiles * padded_row(dtype, depth) if rows_collide(dtype, depth) else depth) * TILE_ROWS
+
+
+@kernel
+def multiply_rows(
+    dtype, m0, m1, after, depth, filters, f_first, f_last, x, kernel, row_stride, column_stride,
+    panels, room, own, start, y, past_caches, low, high,
+):  # fmt: skip
+    """Rows m0..m1 of y, filters f_first..f_last; meanwhile the rows m1..after of x are asked for.
+
+    The kernel lies in packed `panels`, or `own` has room for one. `room` is for the rows: where they collide they are
+    copied, else the last tile's only, where the tile that is taken has more rows and would read past the end of x.
+    """
+    itemsize = np.empty(0, dtype).itemsize
+    a, row, tail, left = x + m0 * depth * itemsize, depth, 0, (m1 - m0) % TILE_ROWS
+    if rows_collide(dtype, depth):
+        row = padded_row(dtype, depth)
+        for m in range(m0, m1):
+            copy(room + (m - m0) * row * itemsize, x + m * depth * itemsize, depth * itemsize)
+        a = room
+    elif tile_height(left) > left:
+        tail = room
+        copy(tail, x + (m1 - left) * depth * itemsize, left * depth * itemsize)
+    multiply_block(
+        dtype, m1 - m0, depth, filters, f_first, f_last, a, row, tail, kernel, row_stride, column_stride,
+        panels, own, start, y + m0 * filters * itemsize, past_caches,
+        x + m1 * depth * itemsize, (after - m1) * depth, low, high,
+    )  # fmt: skip
 
 
 @parallel_kernel
@@ -55,28 +88,17 @@ def _multiply(
     first, last, f_first, f_last = work(dtype, rows, filters, worker, workers)
     step = block_tiles(dtype, depth, last - first)
     streamed = past_caches(dtype, rows, filters, y)
-    copied = rows_collide(dtype, depth)
-    row = padded_row(dtype, depth) if copied else depth
-    block = take_in_share(dtype, (step if copied else 1) * TILE_ROWS * row + panel_length(dtype, depth), lacking)
+    room = rows_length(dtype, depth, step)
+    block = take_in_share(dtype, room + panel_length(dtype, depth), lacking)
     if block == 0:
         return
-    own = block + (step if copied else 1) * TILE_ROWS * row * itemsize
+    own = block + room * itemsize
     for tile in range(first, last, step):
         m0, m1 = tile * TILE_ROWS, min(rows, min(last, tile + step) * TILE_ROWS)
         after = min(rows, min(last, tile + 2 * step) * TILE_ROWS)
-        a, tail = x + m0 * depth * itemsize, 0
-        if copied:
-            for m in range(m0, m1):
-                copy(block + (m - m0) * row * itemsize, x + m * depth * itemsize, depth * itemsize)
-            a = block
-        elif tile_height(m1 % TILE_ROWS) > m1 % TILE_ROWS:  # the last tile would read past the end of x
-            tail = block
-            left = m1 % TILE_ROWS
-            copy(tail, x + (m1 - left) * depth * itemsize, left * depth * itemsize)
-        multiply_block(
-            dtype, m1 - m0, depth, filters, f_first, f_last, a, row, tail, kernel, row_stride, column_stride,
-            panels, own, start, y + m0 * filters * itemsize, streamed,
-            x + m1 * depth * itemsize, (after - m1) * depth, low, high,
+        multiply_rows(
+            dtype, m0, m1, after, depth, filters, f_first, f_last, x, kernel, row_stride, column_stride,
+            panels, block, own, start, y, streamed, low, high,
         )  # fmt: skip
     fence()
     give(block)
@@ -131,10 +153,39 @@ def _gradient_panel(dtype, rows, tiles, depth, columns, strips, dy, dy_row, pane
         start, start_row = (zeros, 0) if fresh else (target, dy_row)
         gemm_tile(
             dtype, tile_height(count), count, columns, rows, strips + tile * rows * strip * itemsize, 1, strip,
-            b, b_row, packed, ahead + (k + tile % UNROLL * ahead_step) * itemsize, UNROLL * ahead_step,
+            b, b_row, packed, ahead + (k + tile % ASK_STEP * ahead_step) * itemsize, ASK_STEP * ahead_step,
             start, start_row, target, dy_row, 0, dtype(-np.inf), dtype(np.inf),
         )  # fmt: skip
         b, b_row, packed = panel, width, 0
+
+
+@kernel
+def gradient_length(dtype, depth):
+    """Elements of scratch memory that `add_gradient` wants."""
+    strips = ceil_div(depth, TILE_ROWS) * strip_width(dtype)
+    return (GRADIENT_BLOCK_ROWS + 1) * gemm_columns(dtype) + GRADIENT_BLOCK_ROWS * strips
+
+
+@kernel
+def add_gradient(dtype, rows, depth, filters, x, x_row, dy, dy_row, d_kernel, fresh, room):
+    """d_kernel = x^T . dy for a block of rows, or += if not `fresh`: so many columns of x, and of dy and d_kernel.
+
+    Assumes: rows <= GRADIENT_BLOCK_ROWS; rows of dy and of d_kernel `dy_row` apart.
+    """
+    itemsize = np.empty(0, dtype).itemsize
+    width, strip = gemm_columns(dtype), strip_width(dtype)
+    strips = room + (GRADIENT_BLOCK_ROWS + 1) * width * itemsize  # they stay in L2
+    for k in range(0, depth, TILE_ROWS):
+        target = strips + k // TILE_ROWS * rows * strip * itemsize
+        pack_strip(dtype, rows, min(TILE_ROWS, depth - k), x + k * itemsize, x_row, target)
+    view(dtype, room + rows * width * itemsize, width)[:] = 0
+    ahead, ahead_step = x + rows * x_row * itemsize, x_row
+    for f in range(0, filters, width):  # a panel of dy stays in L1
+        _gradient_panel(
+            dtype, rows, ceil_div(depth, TILE_ROWS), depth, min(width, filters - f), strips, dy + f * itemsize, dy_row,
+            room, d_kernel + f * itemsize, fresh, ahead, ahead_step,
+        )  # fmt: skip
+        ahead, ahead_step = dy + (f + 2 * width) * itemsize, dy_row
 
 
 @kernel
@@ -156,35 +207,24 @@ def _kernel_gradient(dtype, worker, workers, rows, depth, filters, x, x_row, dy,
     Parallel over: rectangles of d_kernel, so nothing is reduced.
     """
     itemsize = np.empty(0, dtype).itemsize
-    width, strip = gemm_columns(dtype), strip_width(dtype)
+    width = gemm_columns(dtype)
     panels, tiles = ceil_div(filters, width), ceil_div(depth, TILE_ROWS)
     panel_parts, tile_parts = gradient_split(panels, tiles, workers)
     panel_first, panel_last = share(panels, worker // tile_parts, panel_parts)
     tile_first, tile_last = share(tiles, worker % tile_parts, tile_parts)
     k_first, k_last = tile_first * TILE_ROWS, min(depth, tile_last * TILE_ROWS)
-    panel_room = (GRADIENT_BLOCK_ROWS + 1) * width
-    packed = take_in_share(dtype, panel_room + (tile_last - tile_first) * GRADIENT_BLOCK_ROWS * strip, lacking)
-    if packed == 0:
+    f_first, f_last = panel_first * width, min(filters, panel_last * width)
+    room = take_in_share(dtype, gradient_length(dtype, k_last - k_first), lacking)
+    if room == 0:
         return
-    strips = packed + panel_room * itemsize
-    for m in range(0, rows, GRADIENT_BLOCK_ROWS):  # the strips of this block of x stay in L2
+    for m in range(0, rows, GRADIENT_BLOCK_ROWS):
         count = min(GRADIENT_BLOCK_ROWS, rows - m)
-        for k in range(k_first, k_last, TILE_ROWS):
-            source = x + (m * x_row + k) * itemsize
-            target = strips + (k - k_first) // TILE_ROWS * count * strip * itemsize
-            pack_strip(dtype, count, min(TILE_ROWS, k_last - k), source, x_row, target)
-        view(dtype, packed + count * width * itemsize, width)[:] = 0
-        ahead, ahead_step = x + ((m + count) * x_row + k_first) * itemsize, x_row
-        for panel in range(panel_first, panel_last):  # this panel of dy stays in L1
-            f = panel * width
-            source = dy + (m * filters + f) * itemsize
-            _gradient_panel(
-                dtype, count, tile_last - tile_first, k_last - k_first, min(width, filters - f), strips,
-                source, filters, packed, d_kernel + (k_first * filters + f) * itemsize,
-                m == 0 and not accumulate, ahead, ahead_step,
-            )  # fmt: skip
-            ahead, ahead_step = dy + (m * filters + f + 2 * width) * itemsize, filters
-    give(packed)
+        add_gradient(
+            dtype, count, k_last - k_first, f_last - f_first, x + (m * x_row + k_first) * itemsize, x_row,
+            dy + (m * filters + f_first) * itemsize, filters, d_kernel + (k_first * filters + f_first) * itemsize,
+            m == 0 and not accumulate, room,
+        )  # fmt: skip
+    give(room)
 
 
 @kernel

@@ -7,25 +7,28 @@
     d_x, d_depthwise = the gradients of the depthwise convolution for d_mid
 
 Forward, mid never leaves L2: a thread fills a block of its rows and multiplies it at once. Backward, mid is computed
-again rather than stored, a few images at a time, so the scratch memory does not grow with the batch.
+again rather than stored, a few images at a time, so the scratch memory does not grow with the batch; large images go
+through all steps in bands of lines (`separable_bands`).
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from ..geometry import Geometry
 from . import depthwise as dw
 from . import gemm
 from . import pointwise as pw
+from . import separable_bands as bands
 from .gemm import TILE_ROWS
+from .images import images_at_once, of_images
 from .jit import entry, kernel
 from .memory import address, fence, keep
 from .multiplier import repeat_channels, repeated_length, single, sum_repeated
+from .packing import pack, packed_length
 from .pool import parallel_kernel
 from .scratch import give, require, take, take_in_share, try_take
 
-BACKWARD_BYTES = 2 << 20  # mid of so many images at once, and d_mid, both still in cache when read; at least one image
+MID_BYTES = 2 << 20  # mid of some images at once, and d_mid: both are still in the caches when they are read
 
 
 @parallel_kernel
@@ -102,24 +105,7 @@ def forward(dtype, g, filters, x, depthwise, pointwise, bias, y, low, high, thre
 
 
 @kernel
-def _images(g, count):
-    """The geometry of `count` images of g."""
-    return Geometry(
-        count, g.height, g.width, g.channels, g.multiplier, g.kernel_height, g.kernel_width,
-        g.stride_height, g.stride_width, g.dilation_height, g.dilation_width, g.pad_top, g.pad_left,
-        g.out_height, g.out_width,
-    )  # fmt: skip
-
-
-@kernel
-def images_at_once(dtype, g):
-    """Images whose mid, and d_mid, the backward pass holds at a time."""
-    image_bytes = g.out_height * g.out_width * g.channels * np.empty(0, dtype).itemsize
-    return min(g.batch, max(1, BACKWARD_BYTES // max(1, image_bytes)))
-
-
-@kernel
-def _backward_single(dtype, g, filters, x, depthwise, pointwise, dy, d_x, d_depthwise, d_pointwise, threads):
+def _backward_in_steps(dtype, g, filters, x, depthwise, pointwise, dy, d_x, d_depthwise, d_pointwise, threads):
     """Fills what is wanted of d_x, d_depthwise, d_pointwise, some images at a time; says whether there was memory.
 
     Assumes: g.multiplier is 1.
@@ -127,13 +113,19 @@ def _backward_single(dtype, g, filters, x, depthwise, pointwise, dy, d_x, d_dept
     low, high = dtype(-np.inf), dtype(np.inf)
     itemsize = np.empty(0, dtype).itemsize
     pixels, depth = g.out_height * g.out_width, g.channels
-    images = images_at_once(dtype, g)
-    mid, had_memory = try_take(dtype, 2 * images * pixels * depth), True
-    if mid == 0:
+    images = images_at_once(dtype, g, MID_BYTES)
+    packs = (d_x != 0 or d_depthwise != 0) and images < g.batch  # the kernel, once for all parts
+    room = packed_length(dtype, filters, depth) if packs else 0
+    block, had_memory = try_take(dtype, room + 2 * images * pixels * depth), True
+    if block == 0:
         return False
+    kept, mid = 0, block + room * itemsize
     d_mid = mid + images * pixels * depth * itemsize
+    if packs:
+        kept = block
+        pack(dtype, threads, filters, depth, pointwise, 1, filters, kept)
     for n in range(0, max(1, g.batch), max(1, images)):  # an empty batch passes once: its gradients are zero
-        part = _images(g, min(images, g.batch - n))
+        part = of_images(g, min(images, g.batch - n))
         rows, accumulate = part.batch * pixels, n > 0
         x_part, dy_part = x + n * g.height * g.width * depth * itemsize, dy + n * pixels * filters * itemsize
         if d_pointwise != 0:
@@ -143,15 +135,26 @@ def _backward_single(dtype, g, filters, x, depthwise, pointwise, dy, d_x, d_dept
             )
         if d_x != 0 or d_depthwise != 0:
             had_memory &= pw.multiply(
-                dtype, rows, filters, depth, dy_part, pointwise, 1, filters, 0, 0, d_mid, low, high, threads
+                dtype, rows, filters, depth, dy_part, pointwise, 1, filters, kept, 0, d_mid, low, high, threads
             )
         if d_x != 0:
             d_x_part = d_x + n * g.height * g.width * depth * itemsize
             dw.input_gradient(dtype, threads, part, depthwise, d_mid, d_x_part)
         if d_depthwise != 0:
             had_memory &= dw.kernel_gradient(dtype, part, x_part, d_mid, d_depthwise, accumulate, threads)
-    give(mid)
+    give(block)
     return had_memory
+
+
+@kernel
+def _backward_single(dtype, g, filters, x, depthwise, pointwise, dy, d_x, d_depthwise, d_pointwise, threads):
+    """Fills what is wanted of d_x, d_depthwise, d_pointwise; says whether there was memory.
+
+    Assumes: g.multiplier is 1.
+    """
+    if bands.wanted(dtype, g, filters):
+        return bands.backward(dtype, g, filters, x, depthwise, pointwise, dy, d_x, d_depthwise, d_pointwise, threads)
+    return _backward_in_steps(dtype, g, filters, x, depthwise, pointwise, dy, d_x, d_depthwise, d_pointwise, threads)
 
 
 @entry

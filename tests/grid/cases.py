@@ -283,11 +283,15 @@ _PLAIN = Case(
 )  # fmt: skip
 
 # What takes certain sizes: every number of rows that a tile can leave over; outputs past the caches, sums in several
-# parts, several images to a part, more parts than one; lines that are all border, and borders wider than a tap.
+# parts, several images to a part, more parts than one, bands of lines; lines that are all border, and borders wider
+# than a tap.
 SIZES = [
     *[dataclasses.replace(_PLAIN, image=(1, width), channels=9, run="arrays") for width in range(15, 29)],
     dataclasses.replace(_PLAIN, filters=256, channels=24, image=(160, 161)),
     dataclasses.replace(_PLAIN, filters=48, channels=256, batch=5, image=(52, 52), use_bias=False),
+    dataclasses.replace(_PLAIN, filters=33, channels=40, batch=2, image=(190, 171), strides=(2, 2), run="arrays"),
+    dataclasses.replace(_PLAIN, filters=21, channels=67, batch=9, image=(39, 44), dilation_rate=(2, 2), run="graph"),
+    dataclasses.replace(_PLAIN, filters=300, channels=350, batch=9, image=(17, 15), run="graph"),
     dataclasses.replace(_PLAIN, channels=272, filters=33, image=(21, 23), threads=1, run="graph"),
     dataclasses.replace(_PLAIN, filters=112, image=(29, 31), dtype="float64", operation="pointwise_depthwise"),
     dataclasses.replace(_PLAIN, filters=None, operation="depthwise", batch=37, channels=40, image=(6, 7)),

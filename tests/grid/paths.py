@@ -13,9 +13,11 @@ from fastsepconv.kernels.cpu import (
     depthwise_line,
     gemm,
     gemm_tile,
+    images,
     multiplier,
     pointwise,
     separable,
+    separable_bands,
     threads,
     tiles,
 )
@@ -43,12 +45,21 @@ def paths(case: Case) -> set[str]:
     found.add("repeated channels" if case.depth_multiplier > 1 else "plain channels")
     found |= _depthwise_paths(dtype, g)
     if case.operation == "depthwise_pointwise":
-        pixels = g.batch * g.out_height * g.out_width
-        images = separable.images_at_once(dtype, g)
-        found |= {"backward in parts" if images < g.batch else "backward at once"}
-        found |= _product_paths(dtype, pixels, g.channels, case.filters, workers)
-        found |= _gradient_paths(dtype, images * pixels // g.batch, g.channels, case.filters)
+        found |= _separable_paths(dtype, g, case.filters, workers)
     return found
+
+
+def _separable_paths(dtype, g: Geometry, filters: int, workers: int) -> set[str]:
+    """Of the product within the fused operation, and of the way back."""
+    pixels = g.batch * g.out_height * g.out_width
+    if separable_bands.wanted(dtype, g, filters):
+        at_once = images.images_at_once(dtype, g, separable_bands.D_MID_BYTES)
+        found = {"backward in bands", f"backward in bands: {'parts' if at_once < g.batch else 'whole batch'}"}
+        return found | _forward_paths(dtype, pixels, g.channels, filters, filters, 1, workers)
+    at_once = images.images_at_once(dtype, g, separable.MID_BYTES)
+    found = {"backward in parts" if at_once < g.batch else "backward at once"}
+    found |= _product_paths(dtype, pixels, g.channels, filters, workers)
+    return found | _gradient_paths(dtype, at_once * pixels // g.batch, g.channels, filters)
 
 
 def _lanes(dtype) -> int:
@@ -100,11 +111,11 @@ def _sliding_paths(g: Geometry) -> set[str]:
 
 def _kernel_gradient_parts(dtype, g: Geometry) -> set[str]:
     """As `_kernel_gradient` of `depthwise` goes through its groups of lines."""
-    parts, at_once = set(), depthwise._lines_at_once(dtype, g)
+    parts, at_once = set(), depthwise.lines_at_once(dtype, g, depthwise.BAND_BYTES)
     for group in range(depthwise.GRADIENT_GROUPS):
         line, last = share(g.batch * g.out_height, group, depthwise.GRADIENT_GROUPS)
         while line < last:
-            images, count = depthwise._next_lines(g, line, last, at_once)
+            images, count = depthwise.next_lines(g, line, last, at_once)
             parts.add("whole images" if images else "part of an image")
             line += count
     return parts
@@ -173,6 +184,9 @@ def every_path() -> set[str]:
             "repeated channels",
             "backward at once",
             "backward in parts",
+            "backward in bands",
+            "backward in bands: parts",
+            "backward in bands: whole batch",
             "depthwise: pixels together",
             "depthwise: inner pixels left over",
             "depthwise: border pixels",

@@ -1,0 +1,86 @@
+"""The backward pass in bands of lines, called directly: it is meant for large images, and has to be right for any."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from fastsepconv.kernels import reference
+from fastsepconv.kernels.cpu import multiplier, separable_bands
+from tests.tolerances import assert_close
+
+from .test_cpu import Buffers, drawn_geometry
+
+NAMES = ("x", "depthwise", "pointwise")
+
+
+def drawn(seed: int):
+    """(geometry, filters): ragged, the batch not empty, no multiplier."""
+    rng = np.random.default_rng(seed)
+    g = multiplier.single.py_func(drawn_geometry(rng))._replace(batch=int(rng.integers(1, 5)))
+    return g, int(rng.integers(1, 80)), rng
+
+
+def gradients(g, filters: int, dtype: str, inputs: list[np.ndarray], wanted=NAMES, threads: int = 2) -> dict:
+    """Those wanted, in poisoned buffers."""
+    buffers = Buffers(dtype)
+    x, depthwise_kernel, pointwise_kernel, dy = map(buffers.input, inputs)
+    found = {
+        name: buffers.output(like.shape)
+        for name, like in zip(NAMES, (x, depthwise_kernel, pointwise_kernel), strict=True)
+        if name in wanted
+    }
+    addresses = [found[name].ctypes.data if name in found else 0 for name in NAMES]
+    had_memory = separable_bands.backward(
+        np.dtype(dtype).type, g, filters, x.ctypes.data, depthwise_kernel.ctypes.data, pointwise_kernel.ctypes.data,
+        dy.ctypes.data, *addresses, threads,
+    )  # fmt: skip
+    assert had_memory
+    buffers.check()
+    return found
+
+
+def inputs_of(g, filters: int, dtype: str, rng) -> list[np.ndarray]:
+    shapes = (g.input_shape, g.kernel_shape, (g.channels, filters), (*g.output_shape[:3], filters))
+    return [rng.standard_normal(shape).astype(dtype) for shape in shapes]
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_equals_the_reference(seed):
+    g, filters, rng = drawn(seed)
+    dtype, threads = ("float32", "float64")[seed % 2], 1 + seed // 2 % 2
+    inputs = inputs_of(g, filters, dtype, rng)
+    found = gradients(g, filters, dtype, inputs, threads=threads)
+    for name, expected in zip(NAMES, reference.separable_backward(g, *inputs), strict=False):
+        assert_close(f"d_{name}", found[name], expected)
+
+
+@pytest.mark.parametrize("seed", range(60, 66))
+def test_computes_what_is_wanted_and_the_same_on_any_number_of_threads(seed):
+    g, filters, rng = drawn(seed)
+    inputs = inputs_of(g, filters, "float32", rng)
+    whole = gradients(g, filters, "float32", inputs)
+    for wanted, threads in (("x",), 2), (("depthwise",), 2), (("pointwise",), 2), (NAMES[:2], 1), (NAMES, 1):
+        found = gradients(g, filters, "float32", inputs, wanted, threads)
+        assert set(found) == set(wanted)
+        for name, array in found.items():
+            np.testing.assert_array_equal(array, whole[name])
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_each_line_of_the_input_belongs_to_one_group(seed):
+    """That which the rules leave to a seam needs lines of both groups; the others do not."""
+    g, _, _ = drawn(seed)
+    reached = [set() for _ in range(g.batch * g.height)]  # by which output lines
+    for line in range(g.batch * g.out_height):
+        n, top = line // g.out_height, line % g.out_height * g.stride_height - g.pad_top
+        for h in (top + tap * g.dilation_height for tap in range(g.kernel_height)):
+            if 0 <= h < g.height:
+                reached[n * g.height + h].add(line)
+    for line in range(g.batch * g.out_height + 1):
+        complete = separable_bands.complete_lines.py_func(g, line)
+        assert all(max(lines, default=-1) < line for lines in reached[:complete])
+        first = separable_bands.first_own_line.py_func(g, line)
+        own = reached[first:] if line % g.out_height else reached[line // g.out_height * g.height :]
+        assert all(min(lines, default=line) >= line for lines in own)
+    assert separable_bands.complete_lines.py_func(g, g.batch * g.out_height) == g.batch * g.height
