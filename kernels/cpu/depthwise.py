@@ -288,11 +288,12 @@ def lines_at_once(dtype, g, size):
 def next_lines(g, line, last, at_once):
     """What of the output lines line..last, counted over all images, is taken next: (whole images, lines).
 
-    Whole images where they begin here and fit in; else 0 of them, and lines of one image.
+    Whole images where they begin here and fit in; else 0 of them, and lines of one image, each time about equally many.
     """
     p = line % g.out_height
     images = min(last - line, at_once) // g.out_height if p == 0 else 0
-    return images, images * g.out_height if images > 0 else min(min(g.out_height - p, last - line), at_once)
+    left = min(g.out_height - p, last - line)
+    return images, images * g.out_height if images > 0 else ceil_div(left, ceil_div(left, at_once))
 
 
 @kernel

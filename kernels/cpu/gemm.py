@@ -144,6 +144,12 @@ def _lines(dtype, columns):
 
 
 @kernel
+def _asks(depth):
+    """Lines that a tile asks for: none in the turn that is not whole."""
+    return depth // UNROLL * (UNROLL // ASK_STEP)
+
+
+@kernel
 def _silent_tiles(panel):
     """How many of the tiles that pass a panel ask for nothing: where they pack it, the first, unless UNROLL is 1."""
     return 1 if panel != 0 and UNROLL > 1 else 0
@@ -159,7 +165,7 @@ def _multiply_panel(
     Of what comes next the first tiles ask for the next panel, a column of lines each, and the others for `ahead`.
     """
     itemsize = np.empty(0, dtype).itemsize
-    asks, packed = depth // ASK_STEP, panel  # lines that a tile asks for
+    asks, packed = _asks(depth), panel
     lines = _lines(dtype, gemm_columns(dtype)) * ASK_STEP  # columns of them, each of every ASK_STEPth row
     silent = _silent_tiles(panel)
     for m in range(0, rows, TILE_ROWS):
@@ -192,7 +198,7 @@ def multiply_block(
     itemsize = np.empty(0, dtype).itemsize
     width, line = gemm_columns(dtype), CACHE_LINE // itemsize
     silent = 0 if panels != 0 else _silent_tiles(own)
-    asks_ahead = max(0, ceil_div(rows, TILE_ROWS) - silent - _lines(dtype, width) * ASK_STEP) * (depth // ASK_STEP)
+    asks_ahead = max(0, ceil_div(rows, TILE_ROWS) - silent - _lines(dtype, width) * ASK_STEP) * _asks(depth)
     step_ahead = min(line, ceil_div(ahead_length, max(1, ceil_div(f_last - f_first, width) * asks_ahead)))
     for f in range(f_first, f_last, width):
         columns = min(width, filters - f)

@@ -45,7 +45,8 @@ def gemm_tile(
     for i < rows, j < columns. `tile_rows` is one of GEMM_ROWS, at least `rows`; `columns` is at most `vectors*lanes`.
     All `tile_rows` rows of a and all `vectors*lanes` columns of b are read, whatever `rows` and `columns` are.
     Meanwhile b is copied into the packed `panel`, if that is not 0, and one cache line every ASK_STEP k is asked for in
-    L2: that which holds `ahead + k//ASK_STEP*ahead_step`. Where UNROLL > 1, a tile that packs b asks for nothing.
+    L2: that which holds `ahead + k//ASK_STEP*ahead_step`. Where UNROLL > 1, a tile that packs b asks for nothing, nor
+    do products that fill no turn.
 
     Assumes: depth >= 0; a's rows and b's columns readable to the tile's full size; b in a panel already where `panel`
     is 0; c's rows at multiples of a vector if `past_caches` is not 0.
@@ -190,7 +191,8 @@ class _OutputLines:
     A `few` at once, for which a turn then needs no instructions; else one a turn. The 28 of AVX-512 at once would fill
     the queue of what the core waits for, and the first rows of a and b would wait behind them: a tenth of the time at
     depth 64 (Zen 4). Rows that collide in L1 (see `rows_collide`) come to L2, for in L1
-    they would drive each other out, and a's rows too. None are wanted where c is written past the caches.
+    they would drive each other out, and a's rows too. None are wanted where c is written past the caches. With one
+    that is asked for in a turn goes the next one, where rows do not begin with a line: most reach into one more then.
     """
 
     def __init__(self, emit: Vectors, height: int, c, c_row, past_caches) -> None:
@@ -202,8 +204,9 @@ class _OutputLines:
         self.wanted = builder.icmp_signed("==", past_caches, index(0))
         lines = builder.select(self.wanted, index(height * self.lines_a_row), index(0))
         row_bytes = builder.mul(c_row, index(emit.itemsize))
-        across = builder.icmp_signed("!=", builder.and_(row_bytes, index(CACHE_LINE - 1)), index(0))
-        self.next = builder.select(across, index(CACHE_LINE // emit.itemsize), index(0))
+        begins = builder.and_(builder.or_(row_bytes, c), index(CACHE_LINE - 1))
+        across = builder.icmp_signed("!=", begins, index(0))
+        self.reached_into = builder.select(across, index(CACHE_LINE // emit.itemsize), index(0))
         apart = builder.and_(row_bytes, index(L1_PERIOD // 2 - 1))
         self.collide = builder.icmp_signed("==", apart, index(0))
         self.to_l1 = builder.select(self.collide, index(0), lines)
@@ -235,7 +238,7 @@ class _OutputLines:
         line, nothing = emit.at(self.c, offset), builder.bitcast(self.nothing, self.c.type)
         first = builder.select(builder.icmp_signed("<", turn, self.to_l1), line, nothing)
         emit.prefetch(first, level=1, write=True)
-        emit.prefetch(emit.at(first, self.next), level=1, write=True)
+        emit.prefetch(emit.at(first, self.reached_into), level=1, write=True)
         emit.prefetch(builder.select(builder.icmp_signed("<", turn, self.to_l2), line, otherwise))
 
 

@@ -20,8 +20,7 @@ from .simd import Vectors, index, vectors_of
 from .tiles import CHOSEN
 
 PANELS_AT_ONCE = 4  # a line of each is written in turn: a few sets of L1 hold them, even where they collide
-
-SQUARES_AHEAD = 4  # of a transposition, from being asked for to being read: no core reads ahead in so many columns
+BYTES_AHEAD = 256  # of a column, from being asked for to being transposed: no core reads ahead in so many columns
 
 
 @intrinsic
@@ -124,7 +123,7 @@ def _transpose_square(emit: Vectors, k, rows_left, columns, first: int, source, 
         mask = emit.mask(builder.select(inside, rows_left, index(0)))
         line = emit.at(emit.pointer(source), builder.add(builder.mul(column_stride, index(j)), k))
         square.append(emit.load(line, mask))
-        emit.prefetch(emit.at(line, index(SQUARES_AHEAD * emit.lanes)))
+        emit.prefetch(emit.at(line, index(BYTES_AHEAD // emit.itemsize)))
     for i, row in enumerate(_transposed(emit, square)):
         with builder.if_then(builder.icmp_signed("<", index(i), rows_left)):
             at = builder.mul(builder.add(k, index(i)), index(CHOSEN.vectors * emit.lanes))

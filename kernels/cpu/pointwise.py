@@ -51,7 +51,7 @@ def rows_length(dtype, depth, tiles):
 @kernel
 def multiply_rows(
     dtype, m0, m1, after, depth, filters, f_first, f_last, x, kernel, row_stride, column_stride,
-    panels, room, own, start, y, past_caches, low, high,
+    panels, room, own, start, y, streamed, low, high,
 ):  # fmt: skip
     """Rows m0..m1 of y, filters f_first..f_last; meanwhile the rows m1..after of x are asked for.
 
@@ -70,7 +70,7 @@ def multiply_rows(
         copy(tail, x + (m1 - left) * depth * itemsize, left * depth * itemsize)
     multiply_block(
         dtype, m1 - m0, depth, filters, f_first, f_last, a, row, tail, kernel, row_stride, column_stride,
-        panels, own, start, y + m0 * filters * itemsize, past_caches,
+        panels, own, start, y + m0 * filters * itemsize, streamed,
         x + m1 * depth * itemsize, (after - m1) * depth, low, high,
     )  # fmt: skip
 
@@ -167,9 +167,10 @@ def gradient_length(dtype, depth):
 
 
 @kernel
-def add_gradient(dtype, rows, depth, filters, x, x_row, dy, dy_row, d_kernel, fresh, room):
+def add_gradient(dtype, rows, depth, filters, x, x_row, dy, dy_row, d_kernel, fresh, ahead, ahead_step, room):
     """d_kernel = x^T . dy for a block of rows, or += if not `fresh`: so many columns of x, and of dy and d_kernel.
 
+    Meanwhile asks for what lies `ahead`, in rows `ahead_step` apart, and for the panels of dy.
     Assumes: rows <= GRADIENT_BLOCK_ROWS; rows of dy and of d_kernel `dy_row` apart.
     """
     itemsize = np.empty(0, dtype).itemsize
@@ -179,7 +180,6 @@ def add_gradient(dtype, rows, depth, filters, x, x_row, dy, dy_row, d_kernel, fr
         target = strips + k // TILE_ROWS * rows * strip * itemsize
         pack_strip(dtype, rows, min(TILE_ROWS, depth - k), x + k * itemsize, x_row, target)
     view(dtype, room + rows * width * itemsize, width)[:] = 0
-    ahead, ahead_step = x + rows * x_row * itemsize, x_row
     for f in range(0, filters, width):  # a panel of dy stays in L1
         _gradient_panel(
             dtype, rows, ceil_div(depth, TILE_ROWS), depth, min(width, filters - f), strips, dy + f * itemsize, dy_row,
@@ -222,7 +222,7 @@ def _kernel_gradient(dtype, worker, workers, rows, depth, filters, x, x_row, dy,
         add_gradient(
             dtype, count, k_last - k_first, f_last - f_first, x + (m * x_row + k_first) * itemsize, x_row,
             dy + (m * filters + f_first) * itemsize, filters, d_kernel + (k_first * filters + f_first) * itemsize,
-            m == 0 and not accumulate, room,
+            m == 0 and not accumulate, x + ((m + count) * x_row + k_first) * itemsize, x_row, room,
         )  # fmt: skip
     give(room)
 

@@ -14,14 +14,17 @@ from . import depthwise as dw
 from . import pointwise as pw
 from .depthwise import GRADIENT_GROUPS
 from .gemm import TILE_ROWS
+from .gemm_tile import gemm_columns
 from .images import images_at_once, of_images
 from .jit import kernel
 from .memory import address, ceil_div, keep, share, view
 from .packing import pack, packed_length
 from .pool import parallel_kernel
 from .scratch import give, take_in_share, try_take
+from .tiles import L2_BYTES
 
-BAND_BYTES = 384 * 1024  # of x and d_mid; of L2 they leave room for a block of dy and its copies
+BAND_BYTES = L2_BYTES * 3 // 8  # of x and d_mid; of L2 they leave room for a block of dy and its copies
+LEAST_BAND = 48  # rows of mid: fewer would cost a pass over the sums of d_pointwise each
 SUMS_BYTES = 4 << 20  # of d_pointwise at most, all groups together
 LEAST_BYTES = 2 << 20  # a mid of less stays in the caches anyway
 D_MID_BYTES = 4 << 20  # of some images at once, for their seams
@@ -30,10 +33,14 @@ BLOCK_ROWS = pw.GRADIENT_BLOCK_ROWS // TILE_ROWS * TILE_ROWS  # of mid, from bei
 
 @kernel
 def wanted(dtype, g, filters):
-    """Whether to work in bands: the sums are small, and mid would not stay in the caches."""
+    """Whether to work in bands: the sums are small, the bands are not, and mid would not stay in the caches."""
     itemsize = np.empty(0, dtype).itemsize
+    lines = dw.lines_at_once(dtype, g, BAND_BYTES)
+    if lines > g.out_height:  # whole images
+        lines -= lines % max(1, g.out_height)
+    small = GRADIENT_GROUPS * g.channels * filters * itemsize <= SUMS_BYTES
     mid_bytes = g.batch * g.out_height * g.out_width * g.channels * itemsize
-    return GRADIENT_GROUPS * g.channels * filters * itemsize <= SUMS_BYTES and mid_bytes > LEAST_BYTES
+    return small and lines * g.out_width >= LEAST_BAND and mid_bytes > LEAST_BYTES
 
 
 @kernel
@@ -58,19 +65,20 @@ def block_rows(rows):
 
 
 @kernel
-def _band(dtype, g, filters, first, last, end, x, depthwise, dy, panels, zeros, d_mid, d_pointwise, room):
+def _multiply_band(dtype, g, filters, first, last, end, x, depthwise, dy, panels, zeros, d_mid, d_pointwise, room):
     """Pixels first..last of d_mid, and what they add to d_pointwise; dy is asked for as far as pixel `end`."""
     itemsize = np.empty(0, dtype).itemsize
     depth, low, high = g.channels, dtype(-np.inf), dtype(np.inf)
-    gradient_room = room + BLOCK_ROWS * depth * itemsize
-    rows_room = gradient_room + pw.gradient_length(dtype, depth) * itemsize
-    step = block_rows(last - first)
+    rows_room = room + pw.gradient_length(dtype, depth) * itemsize
+    mid = rows_room + pw.rows_length(dtype, filters, BLOCK_ROWS // TILE_ROWS) * itemsize
+    width, step = gemm_columns(dtype), block_rows(last - first)
     for m in range(first, last, step):
         m1, dy_block = min(last, m + step), dy + m * filters * itemsize
         if d_pointwise != 0:
-            dw.forward_pixels(dtype, g, m, m1, x, depthwise, 0, room, depth, low, high)
+            dw.forward_pixels(dtype, g, m, m1, x, depthwise, 0, mid, depth, low, high)
+            ahead = dy_block + (width if filters > width else (m1 - m) * filters) * itemsize
             pw.add_gradient(
-                dtype, m1 - m, depth, filters, room, depth, dy_block, filters, d_pointwise, False, gradient_room
+                dtype, m1 - m, depth, filters, mid, depth, dy_block, filters, d_pointwise, False, ahead, filters, room
             )
         if d_mid != 0:
             pw.multiply_rows(
@@ -81,9 +89,9 @@ def _band(dtype, g, filters, first, last, end, x, depthwise, dy, panels, zeros, 
 
 @kernel
 def _room_length(dtype, depth, filters):
-    """Elements of scratch memory that `_band` wants."""
+    """Elements of scratch memory that `_multiply_band` wants."""
     rows = pw.rows_length(dtype, filters, BLOCK_ROWS // TILE_ROWS)
-    return BLOCK_ROWS * depth + pw.gradient_length(dtype, depth) + rows
+    return pw.gradient_length(dtype, depth) + rows + BLOCK_ROWS * depth
 
 
 @parallel_kernel
@@ -114,7 +122,7 @@ def _add_lines(
         while line < last:
             images, count = dw.next_lines(g, line, last, at_once)
             first, end = line * g.out_width, last * g.out_width
-            _band(
+            _multiply_band(
                 dtype, g, filters, first, first + count * g.out_width, end, x, depthwise, dy, panels, zeros,
                 d_mid, pointwise_sums, room,
             )  # fmt: skip
@@ -150,15 +158,15 @@ def backward(dtype, g, filters, x, depthwise, pointwise, dy, d_x, d_depthwise, d
     pixels, depth = g.out_height * g.out_width, g.channels
     wants_mid, images = d_x != 0 or d_depthwise != 0, images_at_once(dtype, g, D_MID_BYTES)
     taps, size = g.kernel_height * g.kernel_width * depth, depth * filters
-    panels = try_take(
-        dtype, packed_length(dtype, filters, depth) + images * pixels * depth + GRADIENT_GROUPS * (taps + size)
-    )
+    zeros, lacking = np.zeros(depth, dtype), np.zeros(1, np.intp)
+    packed = packed_length(dtype, filters, depth) if wants_mid else 0
+    mid_length = images * pixels * depth if wants_mid else 0
+    panels = try_take(dtype, packed + mid_length + GRADIENT_GROUPS * (taps + size))
     if panels == 0:
         return False
-    d_mid = panels + packed_length(dtype, filters, depth) * itemsize
-    depthwise_sums = d_mid + images * pixels * depth * itemsize
+    d_mid = panels + packed * itemsize
+    depthwise_sums = d_mid + mid_length * itemsize
     pointwise_sums = depthwise_sums + GRADIENT_GROUPS * taps * itemsize
-    zeros, lacking = np.zeros(depth, dtype), np.zeros(1, np.intp)
     if wants_mid:
         pack(dtype, threads, filters, depth, pointwise, 1, filters, panels)
     workers = GRADIENT_GROUPS if threads > 1 else 1

@@ -37,12 +37,13 @@ TILES = (
     Tile(
         "avx512", 64, True, (14, 12, 10, 8, 4, 2), 2, 2, 1, 4, 4, (8, 4, 3, 2, 1), 2,
         "14x2 accumulators, 2 kernel vectors and a broadcast fill 31 of 32 registers; 16 loads feed 28 multiply-adds; "
-        "2 products a turn, for a core with two units of 512 bits starts no more than that in 28 cycles",
+        "2 products a turn, for a core with two units of 512 bits starts no more than that in 28 cycles; each has time "
+        "to ask for a line, and blocks of few tiles need that many",
     ),
     Tile(
         "avx2", 32, True, (6, 4, 2), 2, 4, 4, 4, 2, (8, 4, 3, 2, 1), 1,
         "6x2 accumulators, 2 kernel vectors and a broadcast fill 15 of 16 registers; 4 products a turn, since the 12 "
-        "multiply-adds of one leave a core no time for all that a loop does besides",
+        "multiply-adds of one leave a core no time for all that a loop does besides, and but one line is asked for",
     ),
     Tile(
         "neon", 16, True, (8, 4, 2), 3, 1, 1, 4, 4, (8, 4, 3, 2, 1), 2,

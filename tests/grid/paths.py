@@ -45,21 +45,24 @@ def paths(case: Case) -> set[str]:
     found.add("repeated channels" if case.depth_multiplier > 1 else "plain channels")
     found |= _depthwise_paths(dtype, g)
     if case.operation == "depthwise_pointwise":
-        found |= _separable_paths(dtype, g, case.filters, workers)
-    return found
+        return found | _separable_paths(dtype, g, case.filters, workers)
+    return found | _kernel_gradient_parts(dtype, g, depthwise.BAND_BYTES)
 
 
 def _separable_paths(dtype, g: Geometry, filters: int, workers: int) -> set[str]:
     """Of the product within the fused operation, and of the way back."""
     pixels = g.batch * g.out_height * g.out_width
+    forward = _forward_paths(dtype, pixels, g.channels, filters, filters, 1, workers)
     if separable_bands.wanted(dtype, g, filters):
         at_once = images.images_at_once(dtype, g, separable_bands.D_MID_BYTES)
         found = {"backward in bands", f"backward in bands: {'parts' if at_once < g.batch else 'whole batch'}"}
-        return found | _forward_paths(dtype, pixels, g.channels, filters, filters, 1, workers)
+        return forward | found | _kernel_gradient_parts(dtype, g._replace(batch=at_once), separable_bands.BAND_BYTES)
     at_once = images.images_at_once(dtype, g, separable.MID_BYTES)
-    found = {"backward in parts" if at_once < g.batch else "backward at once"}
-    found |= _product_paths(dtype, pixels, g.channels, filters, workers)
-    return found | _gradient_paths(dtype, at_once * pixels // g.batch, g.channels, filters)
+    part = at_once * pixels // g.batch
+    found = forward | {"backward in parts" if at_once < g.batch else "backward at once"}
+    found |= _forward_paths(dtype, part, filters, g.channels, 1, filters, workers, kept=at_once < g.batch)
+    found |= _kernel_gradient_parts(dtype, g._replace(batch=at_once), depthwise.BAND_BYTES)
+    return found | _gradient_paths(dtype, part, g.channels, filters)
 
 
 def _lanes(dtype) -> int:
@@ -84,7 +87,7 @@ def _depthwise_paths(dtype, g: Geometry) -> set[str]:
         found |= {"depthwise: vectors together"} if g.channels >= span else set()
         found |= {"depthwise: one vector"} if g.channels % span >= lanes else set()
         found |= {"depthwise: part of a vector"} if g.channels % lanes else set()
-    return found | {f"depthwise gradient: {name}" for name in _kernel_gradient_parts(dtype, g)}
+    return found
 
 
 def _tile_paths(g: Geometry) -> set[str]:
@@ -109,14 +112,14 @@ def _sliding_paths(g: Geometry) -> set[str]:
     return found | ({"depthwise sliding: middle tap outside"} if last - first < g.out_width else set())
 
 
-def _kernel_gradient_parts(dtype, g: Geometry) -> set[str]:
-    """As `_kernel_gradient` of `depthwise` goes through its groups of lines."""
-    parts, at_once = set(), depthwise.lines_at_once(dtype, g, depthwise.BAND_BYTES)
+def _kernel_gradient_parts(dtype, g: Geometry, band_bytes: int) -> set[str]:
+    """As `depthwise` and `separable_bands` go through their groups of lines."""
+    parts, at_once = set(), depthwise.lines_at_once(dtype, g, band_bytes)
     for group in range(depthwise.GRADIENT_GROUPS):
         line, last = share(g.batch * g.out_height, group, depthwise.GRADIENT_GROUPS)
         while line < last:
             images, count = depthwise.next_lines(g, line, last, at_once)
-            parts.add("whole images" if images else "part of an image")
+            parts.add(f"depthwise gradient: {'whole images' if images else 'part of an image'}")
             line += count
     return parts
 
@@ -128,10 +131,10 @@ def _product_paths(dtype, rows: int, depth: int, filters: int, workers: int) -> 
 
 
 def _forward_paths(
-    dtype, rows: int, depth: int, filters: int, row_stride: int, column_stride: int, workers: int
+    dtype, rows: int, depth: int, filters: int, row_stride: int, column_stride: int, workers: int, kept: bool = False
 ) -> set[str]:
     width = TILE.vectors * _lanes(dtype)
-    packed = bool(gemm._shares_panels(dtype, rows, depth, row_stride, column_stride, workers))
+    packed = kept or bool(gemm._shares_panels(dtype, rows, depth, row_stride, column_stride, workers))
     shares = gemm.shares(rows, workers, packed)
     row_parts = gemm._row_parts(rows, shares)
     tile_count = ceil_div(gemm.ceil_div(rows, gemm.TILE_ROWS), row_parts)

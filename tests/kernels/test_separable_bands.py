@@ -7,6 +7,8 @@ import pytest
 
 from fastsepconv.kernels import reference
 from fastsepconv.kernels.cpu import multiplier, separable_bands
+from fastsepconv.kernels.cpu.images import images_at_once
+from fastsepconv.kernels.geometry import resolve
 from tests.tolerances import assert_close
 
 from .test_cpu import Buffers, drawn_geometry
@@ -67,20 +69,46 @@ def test_computes_what_is_wanted_and_the_same_on_any_number_of_threads(seed):
             np.testing.assert_array_equal(array, whole[name])
 
 
-@pytest.mark.parametrize("seed", range(40))
-def test_each_line_of_the_input_belongs_to_one_group(seed):
-    """That which the rules leave to a seam needs lines of both groups; the others do not."""
-    g, _, _ = drawn(seed)
-    reached = [set() for _ in range(g.batch * g.height)]  # by which output lines
+@pytest.mark.parametrize(
+    ("dtype", "filters", "shape"),
+    [
+        pytest.param("float32", 512, (1, 61, 60, 20), id="rows of dy collide"),
+        pytest.param("float64", 256, (1, 61, 60, 20), id="rows of dy collide, float64"),
+        pytest.param("float64", 9, (5, 41, 43, 120), id="parts of two images, the last of one"),
+    ],
+)
+def test_equals_the_reference_where_certain_sizes_matter(dtype, filters, shape):
+    g, rng = resolve(shape, (3, 3, shape[-1], 1), (1, 1), "same", (1, 1)), np.random.default_rng(0)
+    inputs = inputs_of(g, filters, dtype, rng)
+    assert shape[0] == 1 or images_at_once(np.float64, g, separable_bands.D_MID_BYTES) == 2
+    found = gradients(g, filters, dtype, inputs)
+    for name, expected in zip(NAMES, reference.separable_backward(g, *inputs), strict=False):
+        assert_close(f"d_{name}", found[name], expected)
+
+
+def lines_that_reach(g) -> list[set[int]]:
+    """For each line of x, counted over all images, the output lines that are made of it."""
+    reached = [set() for _ in range(g.batch * g.height)]
     for line in range(g.batch * g.out_height):
         n, top = line // g.out_height, line % g.out_height * g.stride_height - g.pad_top
         for h in (top + tap * g.dilation_height for tap in range(g.kernel_height)):
             if 0 <= h < g.height:
                 reached[n * g.height + h].add(line)
+    return reached
+
+
+@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_seam_holds_the_lines_that_need_both_sides(seed, plain):
+    """And no others, where a line of x is made of output lines side by side."""
+    g, _, _ = drawn(seed)
+    if plain:
+        g = resolve(g.input_shape, g.kernel_shape, (1, 1), "same", (1, 1))
+    reached = lines_that_reach(g)
     for line in range(g.batch * g.out_height + 1):
         complete = separable_bands.complete_lines.py_func(g, line)
-        assert all(max(lines, default=-1) < line for lines in reached[:complete])
         first = separable_bands.first_own_line.py_func(g, line)
-        own = reached[first:] if line % g.out_height else reached[line // g.out_height * g.height :]
-        assert all(min(lines, default=line) >= line for lines in own)
-    assert separable_bands.complete_lines.py_func(g, g.batch * g.out_height) == g.batch * g.height
+        assert all(max(lines, default=-1) < line for lines in reached[:complete])
+        assert all(min(lines, default=line) >= line for lines in reached[first:])
+        assert not plain or all(min(lines) < line <= max(lines) for lines in reached[complete:first])
+    assert complete == len(reached)
