@@ -70,14 +70,17 @@ def input_range(g, first, last):
 
 
 @kernel
-def forward_pixels(dtype, g, first, last, x, kernel, bias, y, y_pixel, low, high):
-    """Output pixels first..last, counted over all images, written `y_pixel` apart. Assumes: g.multiplier is 1."""
+def forward_pixels(dtype, g, c_first, c_last, first, last, x, kernel, bias, y, y_pixel, low, high):
+    """Channels c_first..c_last of output pixels first..last, counted over all images, written `y_pixel` apart.
+
+    y is the address of channel 0 of the first pixel. Assumes: g.multiplier is 1.
+    """
     itemsize = np.empty(0, dtype).itemsize
     step = channel_block(dtype, g.width * g.kernel_height)
     line = first // g.out_width
     first_n, first_p, first_q = line // g.out_height, line % g.out_height, first % g.out_width
-    for c in range(0, g.channels, step):
-        count = min(step, g.channels - c)
+    for c in range(c_first, c_last, step):
+        count = min(step, c_last - c)
         pixel, n, p, q = first, first_n, first_p, first_q
         while pixel < last:  # the part of an output line that lies in first..last
             q_last = min(g.out_width, q + last - pixel)
@@ -106,7 +109,7 @@ def forward_single(dtype, worker, workers, g, x, kernel, bias, y, low, high):
     for line in range(first, last, step):
         m0, m1 = line * g.out_width, min(line + step, last) * g.out_width
         target = y + m0 * g.channels * itemsize
-        forward_pixels(dtype, g, m0, m1, x, kernel, bias, target, g.channels, low, high)
+        forward_pixels(dtype, g, 0, g.channels, m0, m1, x, kernel, bias, target, g.channels, low, high)
 
 
 @kernel

@@ -20,7 +20,7 @@ from .pool import compiled_once
 from .simd import CACHE_LINE, L1_PERIOD
 from .tiles import L2_BYTES
 
-TILE_ROWS = GEMM_ROWS[0]
+TILE_ROWS, LEAST_ROWS = GEMM_ROWS[0], GEMM_ROWS[-1]
 BLOCK_BYTES = L2_BYTES * 3 // 8  # a block of a: L2 holds it, what the next is made of, and a panel of the kernel
 ONLY_BLOCK_BYTES = 720 * 1024  # the same where there is no next one: from L3 it costs less than all panels once more
 SHARES_A_THREAD = 4  # at most
@@ -72,13 +72,32 @@ def _row_parts(rows, workers):
 
 
 @kernel
-def block_tiles(dtype, depth, tiles):
-    """Tiles of rows in a block, the blocks of a worker's `tiles` tiles about equal."""
+def block_count(dtype, depth, rows):
+    """Into how many blocks a worker's share of `rows` rows is cut."""
+    tiles = ceil_div(rows, TILE_ROWS)
     tile_bytes = TILE_ROWS * padded_row(dtype, depth) * np.empty(0, dtype).itemsize
     if tiles * tile_bytes <= ONLY_BLOCK_BYTES:
-        return max(1, tiles)
-    most = min(max(1, BLOCK_BYTES // tile_bytes), BLOCK_TILES)
-    return ceil_div(tiles, ceil_div(tiles, most))
+        return 1
+    return ceil_div(tiles, min(max(1, BLOCK_BYTES // tile_bytes), BLOCK_TILES))
+
+
+@kernel
+def block_tiles(rows, blocks):
+    """The most tiles that one of the blocks has."""
+    return min(ceil_div(rows, TILE_ROWS), ceil_div(rows // TILE_ROWS, blocks) + 1)
+
+
+@kernel
+def block_range(first, last, blocks, number):
+    """The rows of one of the blocks of first..last: tiles, about equally many; the last has what is left over as well.
+
+    None, at the end, past the last block.
+    """
+    if number >= blocks:
+        return last, last
+    tiles = (last - first) // TILE_ROWS
+    begin, end = ceil_div(tiles * number, blocks), ceil_div(tiles * (number + 1), blocks)
+    return first + begin * TILE_ROWS, last if number == blocks - 1 else first + end * TILE_ROWS
 
 
 @kernel
@@ -94,19 +113,20 @@ def shares(rows, threads, packed):
 
 @kernel
 def work(dtype, rows, filters, worker, workers):
-    """A worker's share: (first tile of rows, past the last, first filter, past the last)."""
-    width = gemm_columns(dtype)
-    parts = _row_parts(rows, workers)
-    first, last = share(ceil_div(rows, TILE_ROWS), worker % parts, parts)
+    """A worker's share: (first row, past the last, first filter, past the last).
+
+    Rows are shared out in the lowest tiles' heights: in the highest's, of the 20.6 of 288 rows a worker would get 21.
+    """
+    width, parts = gemm_columns(dtype), _row_parts(rows, workers)
+    first, last = share(ceil_div(rows, LEAST_ROWS), worker % parts, parts)
     f_first, f_last = share(ceil_div(filters, width), worker // parts, workers // parts)
-    return first, last, f_first * width, min(f_last * width, filters)
+    return first * LEAST_ROWS, min(last * LEAST_ROWS, rows), f_first * width, min(f_last * width, filters)
 
 
 @kernel
 def _shares_panels(dtype, rows, depth, row_stride, column_stride, workers):
     """Whether the kernel is packed beforehand, for all: if packing in passing, or slowly, for each block costs more."""
-    tiles = ceil_div(ceil_div(rows, TILE_ROWS), _row_parts(rows, workers))
-    blocks = ceil_div(tiles, block_tiles(dtype, depth, tiles))
+    blocks = block_count(dtype, depth, ceil_div(rows, _row_parts(rows, workers)))
     cheap = column_stride == 1 and not rows_collide(dtype, row_stride)
     return blocks > (PASSES if cheap else 1)
 

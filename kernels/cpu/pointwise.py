@@ -17,6 +17,8 @@ import numpy as np
 from .depthwise_tiles import correlate_tile
 from .gemm import (
     TILE_ROWS,
+    block_count,
+    block_range,
     block_tiles,
     multiply_block,
     padded_row,
@@ -39,6 +41,7 @@ from .tiles import CHOSEN
 
 GRADIENT_PANEL_BYTES = 24 * 1024  # L1 holds a panel of dy and a strip of x
 GRADIENT_BLOCK_ROWS = GRADIENT_PANEL_BYTES // (CHOSEN.vectors * CHOSEN.vector_bytes)  # before d_kernel is touched
+MOST_BLOCK_ROWS = GRADIENT_BLOCK_ROWS * 3 // 2  # a few rows more cost less than to read and write d_kernel once more
 BIAS_GROUPS = 16  # partial sums of d_bias: a constant, so that the result does not depend on the thread count
 
 
@@ -82,20 +85,20 @@ def _multiply(
 ):  # fmt: skip
     """A worker's share of y, a block of rows of x at a time.
 
-    Parallel over: tiles of rows; where these are few, panels of filters too.
+    Parallel over: rows; where these are few, panels of filters too.
     """
     itemsize = np.empty(0, dtype).itemsize
     first, last, f_first, f_last = work(dtype, rows, filters, worker, workers)
-    step = block_tiles(dtype, depth, last - first)
+    blocks = block_count(dtype, depth, last - first)
     streamed = past_caches(dtype, rows, filters, y)
-    room = rows_length(dtype, depth, step)
+    room = rows_length(dtype, depth, block_tiles(last - first, blocks))
     block = take_in_share(dtype, room + panel_length(dtype, depth), lacking)
     if block == 0:
         return
     own = block + room * itemsize
-    for tile in range(first, last, step):
-        m0, m1 = tile * TILE_ROWS, min(rows, min(last, tile + step) * TILE_ROWS)
-        after = min(rows, min(last, tile + 2 * step) * TILE_ROWS)
+    for number in range(blocks):
+        m0, m1 = block_range(first, last, blocks, number)
+        _, after = block_range(first, last, blocks, number + 1)
         multiply_rows(
             dtype, m0, m1, after, depth, filters, f_first, f_last, x, kernel, row_stride, column_stride,
             panels, block, own, start, y, streamed, low, high,
@@ -160,25 +163,39 @@ def _gradient_panel(dtype, rows, tiles, depth, columns, strips, dy, dy_row, pane
 
 
 @kernel
-def gradient_length(dtype, depth):
-    """Elements of scratch memory that `add_gradient` wants."""
-    strips = ceil_div(depth, TILE_ROWS) * strip_width(dtype)
-    return (GRADIENT_BLOCK_ROWS + 1) * gemm_columns(dtype) + GRADIENT_BLOCK_ROWS * strips
+def gradient_blocks(rows):
+    """Into how many blocks the rows are cut, which are about equal and have at most MOST_BLOCK_ROWS rows."""
+    if rows <= MOST_BLOCK_ROWS:
+        return min(1, rows)
+    return (rows + GRADIENT_BLOCK_ROWS // 2) // GRADIENT_BLOCK_ROWS
 
 
 @kernel
-def add_gradient(dtype, rows, depth, filters, x, x_row, dy, dy_row, d_kernel, fresh, ahead, ahead_step, room):
+def gradient_length(dtype, depth):
+    """Elements of scratch memory that `add_gradient` and `add_strips` want: a panel of dy, then strips of x."""
+    strips = ceil_div(depth, TILE_ROWS) * strip_width(dtype)
+    return (MOST_BLOCK_ROWS + 1) * gemm_columns(dtype) + MOST_BLOCK_ROWS * strips
+
+
+@kernel
+def pack_strips(dtype, rows, first, depth, x, x_row, room):
+    """Columns first..first + depth of x, from address x on, for `add_strips`. Assumes: `first` begins a strip."""
+    itemsize = np.empty(0, dtype).itemsize
+    strips = room + (MOST_BLOCK_ROWS + 1) * gemm_columns(dtype) * itemsize
+    for k in range(0, depth, TILE_ROWS):
+        strip = strips + (first + k) // TILE_ROWS * rows * strip_width(dtype) * itemsize
+        pack_strip(dtype, rows, min(TILE_ROWS, depth - k), x + k * itemsize, x_row, strip)
+
+
+@kernel
+def add_strips(dtype, rows, depth, filters, dy, dy_row, d_kernel, fresh, ahead, ahead_step, room):
     """d_kernel = x^T . dy for a block of rows, or += if not `fresh`: so many columns of x, and of dy and d_kernel.
 
     Meanwhile asks for what lies `ahead`, in rows `ahead_step` apart, and for the panels of dy.
-    Assumes: rows <= GRADIENT_BLOCK_ROWS; rows of dy and of d_kernel `dy_row` apart.
+    Assumes: x is packed in `room`; rows <= MOST_BLOCK_ROWS; rows of dy and of d_kernel `dy_row` apart.
     """
-    itemsize = np.empty(0, dtype).itemsize
-    width, strip = gemm_columns(dtype), strip_width(dtype)
-    strips = room + (GRADIENT_BLOCK_ROWS + 1) * width * itemsize  # they stay in L2
-    for k in range(0, depth, TILE_ROWS):
-        target = strips + k // TILE_ROWS * rows * strip * itemsize
-        pack_strip(dtype, rows, min(TILE_ROWS, depth - k), x + k * itemsize, x_row, target)
+    itemsize, width = np.empty(0, dtype).itemsize, gemm_columns(dtype)
+    strips = room + (MOST_BLOCK_ROWS + 1) * width * itemsize  # they stay in L2
     view(dtype, room + rows * width * itemsize, width)[:] = 0
     for f in range(0, filters, width):  # a panel of dy stays in L1
         _gradient_panel(
@@ -186,6 +203,13 @@ def add_gradient(dtype, rows, depth, filters, x, x_row, dy, dy_row, d_kernel, fr
             room, d_kernel + f * itemsize, fresh, ahead, ahead_step,
         )  # fmt: skip
         ahead, ahead_step = dy + (f + 2 * width) * itemsize, dy_row
+
+
+@kernel
+def add_gradient(dtype, rows, depth, filters, x, x_row, dy, dy_row, d_kernel, fresh, ahead, ahead_step, room):
+    """As `add_strips`, for an x that is not packed."""
+    pack_strips(dtype, rows, 0, depth, x, x_row, room)
+    add_strips(dtype, rows, depth, filters, dy, dy_row, d_kernel, fresh, ahead, ahead_step, room)
 
 
 @kernel
@@ -200,6 +224,19 @@ def gradient_split(panels, tiles, threads):
     return best_panels, best_tiles
 
 
+@kernel
+def gradient_work(dtype, depth, filters, worker, workers):
+    """A worker's rectangle of d_kernel: (first row, past the last, first column, past the last)."""
+    width = gemm_columns(dtype)
+    panels, tiles = ceil_div(filters, width), ceil_div(depth, TILE_ROWS)
+    panel_parts, tile_parts = gradient_split(panels, tiles, workers)
+    panel_first, panel_last = share(panels, worker // tile_parts, panel_parts)
+    tile_first, tile_last = share(tiles, worker % tile_parts, tile_parts)
+    return (
+        tile_first * TILE_ROWS, min(depth, tile_last * TILE_ROWS), panel_first * width, min(filters, panel_last * width)
+    )  # fmt: skip
+
+
 @parallel_kernel
 def _kernel_gradient(dtype, worker, workers, rows, depth, filters, x, x_row, dy, d_kernel, accumulate, lacking):
     """A worker's rectangle of d_kernel, summed over all rows in blocks: the order never depends on the workers.
@@ -207,22 +244,17 @@ def _kernel_gradient(dtype, worker, workers, rows, depth, filters, x, x_row, dy,
     Parallel over: rectangles of d_kernel, so nothing is reduced.
     """
     itemsize = np.empty(0, dtype).itemsize
-    width = gemm_columns(dtype)
-    panels, tiles = ceil_div(filters, width), ceil_div(depth, TILE_ROWS)
-    panel_parts, tile_parts = gradient_split(panels, tiles, workers)
-    panel_first, panel_last = share(panels, worker // tile_parts, panel_parts)
-    tile_first, tile_last = share(tiles, worker % tile_parts, tile_parts)
-    k_first, k_last = tile_first * TILE_ROWS, min(depth, tile_last * TILE_ROWS)
-    f_first, f_last = panel_first * width, min(filters, panel_last * width)
+    k_first, k_last, f_first, f_last = gradient_work(dtype, depth, filters, worker, workers)
     room = take_in_share(dtype, gradient_length(dtype, k_last - k_first), lacking)
     if room == 0:
         return
-    for m in range(0, rows, GRADIENT_BLOCK_ROWS):
-        count = min(GRADIENT_BLOCK_ROWS, rows - m)
+    blocks = gradient_blocks(rows)
+    for block in range(blocks):
+        m0, m1 = share(rows, block, blocks)
         add_gradient(
-            dtype, count, k_last - k_first, f_last - f_first, x + (m * x_row + k_first) * itemsize, x_row,
-            dy + (m * filters + f_first) * itemsize, filters, d_kernel + (k_first * filters + f_first) * itemsize,
-            m == 0 and not accumulate, x + ((m + count) * x_row + k_first) * itemsize, x_row, room,
+            dtype, m1 - m0, k_last - k_first, f_last - f_first, x + (m0 * x_row + k_first) * itemsize, x_row,
+            dy + (m0 * filters + f_first) * itemsize, filters, d_kernel + (k_first * filters + f_first) * itemsize,
+            block == 0 and not accumulate, x + (m1 * x_row + k_first) * itemsize, x_row, room,
         )  # fmt: skip
     give(room)
 

@@ -22,36 +22,38 @@ from . import separable_bands as bands
 from .gemm import TILE_ROWS
 from .images import images_at_once, of_images
 from .jit import entry, kernel
-from .memory import address, fence, keep
+from .memory import address, fence, keep, share, view
 from .multiplier import repeat_channels, repeated_length, single, sum_repeated
 from .packing import pack, packed_length
 from .pool import parallel_kernel
 from .scratch import give, require, take, take_in_share, try_take
 
-MID_BYTES = 2 << 20  # mid of some images at once, and d_mid: both are still in the caches when they are read
+D_MID_BYTES = 2 << 20  # d_mid of some images at once: it is still in the caches when it is read
+STRIPS_AT_ONCE = 16  # of mid, from being computed to being packed: they are still in L1 or L2
 
 
 @parallel_kernel
 def _forward(dtype, worker, workers, g, filters, x, depthwise, pointwise, panels, start, y, low, high, lacking):
     """A worker's share of y: the depthwise step fills a block in L2, the pointwise step empties it.
 
-    Parallel over: tiles of output pixels; where these are few, panels of filters too.
+    Parallel over: output pixels; where these are few, panels of filters too.
     """
     itemsize = np.empty(0, dtype).itemsize
     pixels, depth = g.batch * g.out_height * g.out_width, g.channels
     row = gemm.padded_row(dtype, depth)
     first, last, f_first, f_last = gemm.work(dtype, pixels, filters, worker, workers)
-    step = gemm.block_tiles(dtype, depth, last - first)
+    blocks = gemm.block_count(dtype, depth, last - first)
+    block_length = gemm.block_tiles(last - first, blocks) * TILE_ROWS * row
     streamed = gemm.past_caches(dtype, pixels, filters, y)
-    block = take_in_share(dtype, step * TILE_ROWS * row + gemm.panel_length(dtype, depth), lacking)
+    block = take_in_share(dtype, block_length + gemm.panel_length(dtype, depth), lacking)
     if block == 0:
         return
-    own = block + step * TILE_ROWS * row * itemsize
-    for tile in range(first, last, step):
-        m0, m1 = tile * TILE_ROWS, min(pixels, min(last, tile + step) * TILE_ROWS)
-        dw.forward_pixels(dtype, g, m0, m1, x, depthwise, 0, block, row, dtype(-np.inf), dtype(np.inf))
+    own = block + block_length * itemsize
+    for number in range(blocks):
+        m0, m1 = gemm.block_range(first, last, blocks, number)
+        dw.forward_pixels(dtype, g, 0, depth, m0, m1, x, depthwise, 0, block, row, dtype(-np.inf), dtype(np.inf))
         _, x_read = dw.input_range(g, m0, m1)
-        x_next, x_last = dw.input_range(g, m1, min(pixels, min(last, tile + 2 * step) * TILE_ROWS))
+        x_next, x_last = dw.input_range(g, *gemm.block_range(first, last, blocks, number + 1))
         x_next = max(x_next, x_read)
         gemm.multiply_block(
             dtype, m1 - m0, depth, filters, f_first, f_last, block, row, 0, pointwise, filters, 1,
@@ -104,6 +106,46 @@ def forward(dtype, g, filters, x, depthwise, pointwise, bias, y, low, high, thre
     require(try_forward(dtype, g, filters, x, depthwise, pointwise, 0, bias, y, low, high, threads))
 
 
+@parallel_kernel
+def _pointwise_gradient(dtype, worker, workers, g, filters, x, depthwise, dy, d_pointwise, accumulate, lacking):
+    """A worker's rectangle of d_pointwise: for each block of pixels the depthwise step fills those strips of mid which
+    are its rows.
+
+    Parallel over: rectangles of d_pointwise, so nothing is reduced.
+    """
+    itemsize, low, high = np.empty(0, dtype).itemsize, dtype(-np.inf), dtype(np.inf)
+    pixels, depth, row = g.batch * g.out_height * g.out_width, g.channels, STRIPS_AT_ONCE * TILE_ROWS
+    k_first, k_last, f_first, f_last = pw.gradient_work(dtype, depth, filters, worker, workers)
+    length = pw.gradient_length(dtype, k_last - k_first)
+    room = take_in_share(dtype, length + pw.MOST_BLOCK_ROWS * row, lacking)
+    if room == 0:
+        return
+    mid, blocks = room + length * itemsize, pw.gradient_blocks(pixels)
+    for block in range(blocks):
+        m0, m1 = share(pixels, block, blocks)
+        for k in range(k_first, k_last, row):
+            k_end = min(k + row, k_last)
+            dw.forward_pixels(dtype, g, k, k_end, m0, m1, x, depthwise, 0, mid - k * itemsize, row, low, high)
+            pw.pack_strips(dtype, m1 - m0, k - k_first, k_end - k, mid, row, room)
+        _, x_read = dw.input_range(g, m0, m1)
+        pw.add_strips(
+            dtype, m1 - m0, k_last - k_first, f_last - f_first, dy + (m0 * filters + f_first) * itemsize, filters,
+            d_pointwise + (k_first * filters + f_first) * itemsize, block == 0 and not accumulate,
+            x + (x_read + k_first) * itemsize, depth, room,
+        )  # fmt: skip
+    give(room)
+
+
+@kernel
+def _add_pointwise_gradient(dtype, g, filters, x, depthwise, dy, d_pointwise, accumulate, threads):
+    """d_pointwise, or += with `accumulate`; says whether there was memory."""
+    if g.batch == 0 and not accumulate:
+        view(dtype, d_pointwise, g.channels * filters)[:] = 0
+    lacking = np.zeros(1, np.intp)
+    _pointwise_gradient(dtype, threads, g, filters, x, depthwise, dy, d_pointwise, accumulate, address(lacking))
+    return lacking[0] == 0
+
+
 @kernel
 def _backward_in_steps(dtype, g, filters, x, depthwise, pointwise, dy, d_x, d_depthwise, d_pointwise, threads):
     """Fills what is wanted of d_x, d_depthwise, d_pointwise, some images at a time; says whether there was memory.
@@ -113,14 +155,13 @@ def _backward_in_steps(dtype, g, filters, x, depthwise, pointwise, dy, d_x, d_de
     low, high = dtype(-np.inf), dtype(np.inf)
     itemsize = np.empty(0, dtype).itemsize
     pixels, depth = g.out_height * g.out_width, g.channels
-    images = images_at_once(dtype, g, MID_BYTES)
+    images = images_at_once(dtype, g, D_MID_BYTES)
     packs = (d_x != 0 or d_depthwise != 0) and images < g.batch  # the kernel, once for all parts
     room = packed_length(dtype, filters, depth) if packs else 0
-    block, had_memory = try_take(dtype, room + 2 * images * pixels * depth), True
+    block, had_memory = try_take(dtype, room + images * pixels * depth), True
     if block == 0:
         return False
-    kept, mid = 0, block + room * itemsize
-    d_mid = mid + images * pixels * depth * itemsize
+    kept, d_mid = 0, block + room * itemsize
     if packs:
         kept = block
         pack(dtype, threads, filters, depth, pointwise, 1, filters, kept)
@@ -129,9 +170,8 @@ def _backward_in_steps(dtype, g, filters, x, depthwise, pointwise, dy, d_x, d_de
         rows, accumulate = part.batch * pixels, n > 0
         x_part, dy_part = x + n * g.height * g.width * depth * itemsize, dy + n * pixels * filters * itemsize
         if d_pointwise != 0:
-            dw.forward_single(dtype, threads, part, x_part, depthwise, 0, mid, low, high)
-            had_memory &= pw.kernel_gradient(
-                dtype, rows, depth, filters, mid, depth, dy_part, d_pointwise, accumulate, threads
+            had_memory &= _add_pointwise_gradient(
+                dtype, part, filters, x_part, depthwise, dy_part, d_pointwise, accumulate, threads
             )
         if d_x != 0 or d_depthwise != 0:
             had_memory &= pw.multiply(

@@ -75,7 +75,7 @@ def _multiply_band(dtype, g, filters, first, last, end, x, depthwise, dy, panels
     for m in range(first, last, step):
         m1, dy_block = min(last, m + step), dy + m * filters * itemsize
         if d_pointwise != 0:
-            dw.forward_pixels(dtype, g, m, m1, x, depthwise, 0, mid, depth, low, high)
+            dw.forward_pixels(dtype, g, 0, depth, m, m1, x, depthwise, 0, mid, depth, low, high)
             ahead = dy_block + (width if filters > width else (m1 - m) * filters) * itemsize
             pw.add_gradient(
                 dtype, m1 - m, depth, filters, mid, depth, dy_block, filters, d_pointwise, False, ahead, filters, room

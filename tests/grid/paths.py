@@ -21,7 +21,7 @@ from fastsepconv.kernels.cpu import (
     threads,
     tiles,
 )
-from fastsepconv.kernels.cpu.memory import ceil_div, share
+from fastsepconv.kernels.cpu.memory import share
 from fastsepconv.kernels.geometry import Geometry
 from tests.grid.cases import Case
 
@@ -57,7 +57,7 @@ def _separable_paths(dtype, g: Geometry, filters: int, workers: int) -> set[str]
         at_once = images.images_at_once(dtype, g, separable_bands.D_MID_BYTES)
         found = {"backward in bands", f"backward in bands: {'parts' if at_once < g.batch else 'whole batch'}"}
         return forward | found | _kernel_gradient_parts(dtype, g._replace(batch=at_once), separable_bands.BAND_BYTES)
-    at_once = images.images_at_once(dtype, g, separable.MID_BYTES)
+    at_once = images.images_at_once(dtype, g, separable.D_MID_BYTES)
     part = at_once * pixels // g.batch
     found = forward | {"backward in parts" if at_once < g.batch else "backward at once"}
     found |= _forward_paths(dtype, part, filters, g.channels, 1, filters, workers, kept=at_once < g.batch)
@@ -137,8 +137,8 @@ def _forward_paths(
     packed = kept or bool(gemm._shares_panels(dtype, rows, depth, row_stride, column_stride, workers))
     shares = gemm.shares(rows, workers, packed)
     row_parts = gemm._row_parts(rows, shares)
-    tile_count = ceil_div(gemm.ceil_div(rows, gemm.TILE_ROWS), row_parts)
-    left_over, found = rows % gemm.TILE_ROWS, set()
+    first, last, _, _ = gemm.work(dtype, rows, filters, 0, shares)
+    left_over, found = (last - first) % gemm.TILE_ROWS, set()
     if packed:
         found.add("product: shared panels")
     else:
@@ -148,7 +148,7 @@ def _forward_paths(
         if column_stride != 1 or filters % width:
             found.add("product: panels packed apart")
     found |= {f"product: rows {'copied' if gemm.rows_collide(dtype, depth) else 'in place'}"}
-    found |= {"product: several blocks"} if gemm.block_tiles(dtype, depth, tile_count) < tile_count else set()
+    found |= {"product: several blocks"} if gemm.block_count(dtype, depth, last - first) > 1 else set()
     found |= {f"product: {'rows' if row_parts == shares else 'filters'} split"} if workers > 1 else set()
     found |= {"product: more shares than threads"} if shares > workers else set()
     found |= {"product: whole tile"} if rows >= gemm.TILE_ROWS and filters >= width else set()
@@ -164,7 +164,7 @@ def _forward_paths(
 
 def _gradient_paths(dtype, rows: int, depth: int, filters: int) -> set[str]:
     width = TILE.vectors * _lanes(dtype)
-    found = {"product gradient: several blocks"} if rows > pointwise.GRADIENT_BLOCK_ROWS else set()
+    found = {"product gradient: several blocks"} if pointwise.gradient_blocks(rows) > 1 else set()
     found |= {"product gradient: panels packed in passing"} if filters >= width else set()
     found |= {"product gradient: columns left over"} if filters % width else set()
     return found | ({"product gradient: rows left over"} if depth % gemm.TILE_ROWS else set())
