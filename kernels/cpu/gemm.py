@@ -23,8 +23,8 @@ from .tiles import L2_BYTES
 TILE_ROWS, LEAST_ROWS = GEMM_ROWS[0], GEMM_ROWS[-1]
 BLOCK_BYTES = L2_BYTES * 3 // 8  # a block of a: L2 holds it, what the next is made of, and a panel of the kernel
 ONLY_BLOCK_BYTES = 720 * 1024  # the same where there is no next one: from L3 it costs less than all panels once more
-SHARES_A_THREAD = 4  # at most
-PASSES = 4  # packing a kernel in passing for so many blocks costs no more than packing it once beforehand
+SHARES_A_THREAD = 2  # at most: each begins with rows that nobody has asked for
+PASSES = 8  # packing a kernel in passing for so many blocks costs no more than packing it once beforehand
 BLOCK_TILES = 168 // TILE_ROWS  # more rows than that would cost more in address translation than they save
 STREAMED_BYTES = 24 << 20  # an output larger than that is gone from the caches before anyone reads it
 LEAST_TILES = 8  # a worker with fewer tiles of rows would mostly read the kernel: filters are split instead
