@@ -7,8 +7,8 @@
     d_x, d_depthwise = the gradients of the depthwise convolution for d_mid
 
 Forward, mid never leaves L2: a thread fills a block of its rows and multiplies it at once. Backward, mid is computed
-again rather than stored, a few images at a time, so the scratch memory does not grow with the batch; large images go
-through all steps in bands of lines (`separable_bands`).
+again rather than stored, as it is multiplied by dy, and d_mid for a few images at a time, so the scratch memory does
+not grow with the batch; large images go through all steps in bands of lines (`separable_bands`).
 """
 
 from __future__ import annotations
@@ -108,8 +108,8 @@ def forward(dtype, g, filters, x, depthwise, pointwise, bias, y, low, high, thre
 
 @parallel_kernel
 def _pointwise_gradient(dtype, worker, workers, g, filters, x, depthwise, dy, d_pointwise, accumulate, lacking):
-    """A worker's rectangle of d_pointwise: for each block of pixels the depthwise step fills those strips of mid which
-    are its rows.
+    """A worker's rectangle of d_pointwise. For each block of pixels the depthwise step fills strips of mid in L2: those
+    of the rectangle's rows alone.
 
     Parallel over: rectangles of d_pointwise, so nothing is reduced.
     """
