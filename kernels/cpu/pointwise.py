@@ -178,10 +178,16 @@ def gradient_length(dtype, depth):
 
 
 @kernel
+def _strips(dtype, room):
+    """Where in `room` the strips begin, which stay in L2: behind a panel of dy and its row of zeros."""
+    return room + (MOST_BLOCK_ROWS + 1) * gemm_columns(dtype) * np.empty(0, dtype).itemsize
+
+
+@kernel
 def pack_strips(dtype, rows, first, depth, x, x_row, room):
     """Columns first..first + depth of x, from address x on, for `add_strips`. Assumes: `first` begins a strip."""
     itemsize = np.empty(0, dtype).itemsize
-    strips = room + (MOST_BLOCK_ROWS + 1) * gemm_columns(dtype) * itemsize
+    strips = _strips(dtype, room)
     for k in range(0, depth, TILE_ROWS):
         strip = strips + (first + k) // TILE_ROWS * rows * strip_width(dtype) * itemsize
         pack_strip(dtype, rows, min(TILE_ROWS, depth - k), x + k * itemsize, x_row, strip)
@@ -195,12 +201,11 @@ def add_strips(dtype, rows, depth, filters, dy, dy_row, d_kernel, fresh, ahead, 
     Assumes: x is packed in `room`; rows <= MOST_BLOCK_ROWS; rows of dy and of d_kernel `dy_row` apart.
     """
     itemsize, width = np.empty(0, dtype).itemsize, gemm_columns(dtype)
-    strips = room + (MOST_BLOCK_ROWS + 1) * width * itemsize  # they stay in L2
     view(dtype, room + rows * width * itemsize, width)[:] = 0
     for f in range(0, filters, width):  # a panel of dy stays in L1
         _gradient_panel(
-            dtype, rows, ceil_div(depth, TILE_ROWS), depth, min(width, filters - f), strips, dy + f * itemsize, dy_row,
-            room, d_kernel + f * itemsize, fresh, ahead, ahead_step,
+            dtype, rows, ceil_div(depth, TILE_ROWS), depth, min(width, filters - f), _strips(dtype, room),
+            dy + f * itemsize, dy_row, room, d_kernel + f * itemsize, fresh, ahead, ahead_step,
         )  # fmt: skip
         ahead, ahead_step = dy + (f + 2 * width) * itemsize, dy_row
 
@@ -238,7 +243,7 @@ def gradient_work(dtype, depth, filters, worker, workers):
 
 
 @parallel_kernel
-def _kernel_gradient(dtype, worker, workers, rows, depth, filters, x, x_row, dy, d_kernel, accumulate, lacking):
+def _kernel_gradient(dtype, worker, workers, rows, depth, filters, x, dy, d_kernel, lacking):
     """A worker's rectangle of d_kernel, summed over all rows in blocks: the order never depends on the workers.
 
     Parallel over: rectangles of d_kernel, so nothing is reduced.
@@ -252,20 +257,20 @@ def _kernel_gradient(dtype, worker, workers, rows, depth, filters, x, x_row, dy,
     for block in range(blocks):
         m0, m1 = share(rows, block, blocks)
         add_gradient(
-            dtype, m1 - m0, k_last - k_first, f_last - f_first, x + (m0 * x_row + k_first) * itemsize, x_row,
+            dtype, m1 - m0, k_last - k_first, f_last - f_first, x + (m0 * depth + k_first) * itemsize, depth,
             dy + (m0 * filters + f_first) * itemsize, filters, d_kernel + (k_first * filters + f_first) * itemsize,
-            block == 0 and not accumulate, x + (m1 * x_row + k_first) * itemsize, x_row, room,
+            block == 0, x + (m1 * depth + k_first) * itemsize, depth, room,
         )  # fmt: skip
     give(room)
 
 
 @kernel
-def kernel_gradient(dtype, rows, depth, filters, x, x_row, dy, d_kernel, accumulate, threads):
-    """d_kernel = x^T . dy, or += with `accumulate`; says whether there was memory."""
-    if rows == 0 and not accumulate:
+def kernel_gradient(dtype, rows, depth, filters, x, dy, d_kernel, threads):
+    """d_kernel = x^T . dy; says whether there was memory."""
+    if rows == 0:
         view(dtype, d_kernel, depth * filters)[:] = 0
     lacking = np.zeros(1, np.intp)
-    _kernel_gradient(dtype, threads, rows, depth, filters, x, x_row, dy, d_kernel, accumulate, address(lacking))
+    _kernel_gradient(dtype, threads, rows, depth, filters, x, dy, d_kernel, address(lacking))
     return lacking[0] == 0
 
 
@@ -317,6 +322,6 @@ def backward(dtype, rows, depth, filters, x, kernel, dy, d_x, d_kernel, d_bias, 
         low, high = dtype(-np.inf), dtype(np.inf)
         require(multiply(dtype, rows, filters, depth, dy, kernel, 1, filters, 0, 0, d_x, low, high, threads))
     if d_kernel != 0:
-        require(kernel_gradient(dtype, rows, depth, filters, x, depth, dy, d_kernel, False, threads))
+        require(kernel_gradient(dtype, rows, depth, filters, x, dy, d_kernel, threads))
     if d_bias != 0:
         require(column_sums(dtype, rows, filters, dy, d_bias, threads))
