@@ -12,23 +12,26 @@ from . import checks
 from .copying import copy_model, layers_of
 from .layers import FastDepthwiseConv2D, FastSeparableConv2D
 
+FOLDED = (FastSeparableConv2D, FastDepthwiseConv2D, keras.layers.Conv2D)
+
 Pair = tuple[keras.Layer, keras.layers.BatchNormalization]
 
 
 def freeze(model: keras.Model) -> Callable[..., Any]:
     """The model for prediction, with its weights as they are now.
 
-    Batch normalisation that follows one of this package's layers becomes part of its weights, and a ReLU part of its
-    kernel. Each pointwise kernel is packed at the first run and kept: as much memory again as those kernels. TensorFlow
-    folds what else it can. Later changes of the model do not show.
+    Batch normalisation that follows a convolution becomes part of its weights; with this package's layers, a ReLU
+    before or after one, and what is added to its result, become part of its kernel. Convolutions of one pixel are
+    computed by this package's kernels too. Each pointwise kernel is packed at the first run and kept: as much memory
+    again as those kernels. TensorFlow folds what else it can. Later changes of the model do not show.
 
     Args:
         model: any built Functional or Sequential model, on Keras with TensorFlow. It is left as it is.
 
     Returns:
         A function of the model's inputs, tensors or arrays of any batch size, each an argument, in the order of
-        `model.inputs`. What it returns is that of `model(inputs, training=False)`, but for rounding. There are no
-        gradients.
+        `model.inputs`. What it returns is that of `model(inputs, training=False)`, but for rounding. Gradients do
+        not pass it.
 
     Raises:
         TypeError: `model` is no Keras model.
@@ -50,6 +53,9 @@ def freeze(model: keras.Model) -> Callable[..., Any]:
     copy = copy_model(model)
     for convolution, norm in list(_foldable(copy)):
         _fold(convolution, norm)
+    if tensorflow_freeze.for_cpu_kernels():
+        for layer in filter(_is_pointwise, layers_of(copy)):
+            object.__setattr__(layer, "__class__", _Pointwise)
     return tensorflow_freeze.as_constants(copy)
 
 
@@ -60,20 +66,43 @@ class _Folded(keras.layers.BatchNormalization):
         return inputs
 
 
+class _Pointwise(keras.layers.Conv2D):
+    """A convolution of one pixel, strided or not, by this package's kernels."""
+
+    def call(self, inputs: Any) -> Any:
+        from .bridge import tensorflow as bridge
+
+        bias = self.bias if self.use_bias else None
+        if self.strides == (1, 1):
+            return self.activation(bridge.pointwise_conv2d(inputs, self.kernel, bias))
+        pixels = keras.ops.ones((1, 1, self.kernel.shape[2], 1), self.compute_dtype)
+        return self.activation(bridge.separable_conv2d(inputs, pixels, self.kernel, bias, strides=self.strides))
+
+
+def _is_pointwise(layer: keras.Layer) -> bool:
+    """Whether `_Pointwise` computes what the layer does, and as fast: halves may have instructions of their own."""
+    return (
+        type(layer) is keras.layers.Conv2D
+        and (layer.kernel_size, layer.groups, layer.data_format) == ((1, 1), 1, "channels_last")
+        and layer.compute_dtype in ("float32", "float64")
+    )
+
+
 def _foldable(model: keras.Model) -> Iterator[Pair]:
-    """Each linear layer of ours that nothing reads but one batch normalisation over its channels, and that one."""
+    """Each linear convolution that nothing reads but one batch normalisation over its channels, and that one."""
     outputs = {id(tensor) for part in layers_of(model) for tensor in getattr(part, "outputs", None) or ()}
     for norm in layers_of(model):
         if type(norm) is not keras.layers.BatchNormalization or len(norm._inbound_nodes) != 1:
             continue
         tensor, *_ = norm._inbound_nodes[0].input_tensors  # a mask counts in training alone
         layer = tensor._keras_history.operation
-        if type(layer) not in (FastSeparableConv2D, FastDepthwiseConv2D) or id(tensor) in outputs:
+        if type(layer) not in FOLDED or id(tensor) in outputs:
             continue
         read_once = len(layer._inbound_nodes) == 1 and len(layer._outbound_nodes) == 1
         axis = norm.axis % len(tensor.shape)
         channels = len(tensor.shape) - 1 if layer.data_format == "channels_last" else 1
-        if read_once and axis == channels and layer.activation is keras.activations.linear:
+        plain = layer.activation is keras.activations.linear and not getattr(layer, "lora_enabled", False)
+        if read_once and axis == channels and plain:
             yield layer, norm
 
 
@@ -85,6 +114,8 @@ def _fold(layer: keras.Layer, norm: keras.layers.BatchNormalization) -> None:
     bias = (bias - mean) * scale + (np.float64(norm.beta) if norm.center else 0.0)
     if getattr(layer, "order", "") == "depthwise_pointwise":
         kernel, factors = layer.pointwise_kernel, scale
+    elif isinstance(layer, keras.layers.Conv2D):
+        kernel, factors = layer.kernel, scale
     else:
         kernel = layer.depthwise_kernel if isinstance(layer, FastSeparableConv2D) else layer.kernel
         factors = scale.reshape(kernel.shape[-2:])

@@ -16,7 +16,7 @@ from typing import Any
 import llvmlite.binding
 from numba import types
 
-OK, CANCELLED, INVALID_ARGUMENT, RESOURCE_EXHAUSTED, INTERNAL = 0, 1, 3, 8, 13
+OK, CANCELLED, INVALID_ARGUMENT, RESOURCE_EXHAUSTED, UNIMPLEMENTED, INTERNAL = 0, 1, 3, 8, 12, 13
 
 _SYMBOLS: list[str] = []
 

@@ -34,7 +34,7 @@ from tensorflow.python.eager import context as eager_context
 from .. import checks, dispatch
 from ..kernels.cpu.jit import callback
 from ..kernels.device_array import DeviceArray, Dtype, contiguous_strides
-from . import array_calls, tensorflow_kernels
+from . import array_calls
 from . import tensorflow_registration as registration
 from . import tensorflow_state as word
 from .tensorflow_capi import (
@@ -42,6 +42,7 @@ from .tensorflow_capi import (
     INTERNAL,
     INVALID_ARGUMENT,
     RESOURCE_EXHAUSTED,
+    UNIMPLEMENTED,
     CApi,
     Refusal,
     address_of,
@@ -49,7 +50,7 @@ from .tensorflow_capi import (
     delete_status,
     new_status,
 )
-from .tensorflow_kernels import fail
+from .tensorflow_tensors import MAX_ELEMENTS, fail
 
 if TYPE_CHECKING:
     from ..kernels.cuda import driver
@@ -82,7 +83,7 @@ def register(api: CApi) -> None:
 
 def takes(x: tf.Tensor) -> bool:
     """Whether an op on x, run or built now, runs on a card: x is there; in a graph, nothing has put it elsewhere."""
-    if not _serves():
+    if not serves():
         return False
     if eager_context.executing_eagerly():
         return _kind(x.device) == registration.CARD
@@ -94,14 +95,14 @@ def placement(x: tf.Tensor) -> AbstractContextManager:
 
     Where a backend of the CPU was set, the CPU. Else the device that x is on, which in a graph TensorFlow decides.
     """
-    if not _serves():
+    if not serves():
         return _ANYWHERE
     if dispatch.get_backend() not in ("auto", "cuda"):
         return tf.device(f"/device:{registration.HOST}:0")
     return tf.device(x.device) if eager_context.executing_eagerly() else _ANYWHERE
 
 
-def _serves() -> bool:
+def serves() -> bool:
     """Whether kernels for a card are registered, and the user has left TensorFlow one."""
     return bool(_apis) and bool(tf.config.list_logical_devices(registration.CARD))
 
@@ -153,7 +154,10 @@ def _run_node(api: CApi, state: int, context: int) -> None:
         attribute: words[first] if length == 1 else tuple(words[first : first + length])
         for attribute, (first, length, *_) in definition.attributes.items()
     }
-    kind, count = name.removeprefix("Fastsepconv").removesuffix("Grad"), len(definition.inputs) - 1
+    if named.get("relu_x") or named.get("residuals"):
+        raise Refusal(UNIMPLEMENTED, f"{name} of a model that was frozen for the CPU does not run on a card")
+    kind = name.removeprefix("Fastsepconv").removesuffix("Grad")
+    count = len(definition.inputs) - max(1, len(definition.lists))  # of the operands; dy, or lists, come after them
     with _Run(api, context) as run:
         operands, rest = run.inputs[:count], run.inputs[count:]
         if not name.endswith("Grad"):
@@ -211,7 +215,7 @@ class _Run:
 
     def result(self, index: int, shape: tuple[int, ...]) -> DeviceArray:
         """Result `index`, of a shape."""
-        if math.prod(shape) > tensorflow_kernels.MAX_ELEMENTS:
+        if math.prod(shape) > MAX_ELEMENTS:
             raise Refusal(RESOURCE_EXHAUSTED, f"The result of shape {shape} is too large")
         allocate = self._api.AllocateOutput
         handle = self._api.checked(allocate, self._context, index, self._code, _sizes(shape), len(shape), 0)

@@ -6,162 +6,35 @@ tensors that really came, whatever was known when the graph was made. What is wr
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
-from llvmlite import ir
-from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
 
 from ..kernels import geometry
 from ..kernels.cpu import depthwise, pointwise, separable, threads
 from ..kernels.cpu.jit import kernel
-from ..kernels.cpu.memory import keep, view
+from ..kernels.cpu.memory import view
 from ..kernels.cpu.scratch import require
 from ..kernels.geometry import Geometry
 from . import tensorflow_capi as tf
 from . import tensorflow_kept as kept
-from .tensorflow_capi import INVALID_ARGUMENT, RESOURCE_EXHAUSTED
-from .tensorflow_state import DILATIONS, PADDING, RELU, SAME, STRIDES, WANTED, WORDS
+from .tensorflow_capi import INVALID_ARGUMENT
+from .tensorflow_state import DILATIONS, PADDING, RELU, RELU_X, SAME, STRIDES, WORDS
+from .tensorflow_tensors import (
+    allocate,
+    allocate_gradient,
+    fail,
+    failed,
+    finish,
+    read_bias,
+    read_input,
+    read_residual,
+)
 
-MAX_ELEMENTS = 2**59  # TensorFlow aborts on a shape whose product overflows
 MAX_SPAN = 2**31 - 1
-MESSAGE_BYTES = 512
 
 _effective_size = kernel(geometry.effective_size)
 _same_length = kernel(geometry.same_length)
 _same_padding = kernel(geometry.same_padding)
 _explicit_length = kernel(geometry.explicit_length)
-
-
-class Tensor(NamedTuple):
-    """An input: where its elements are, and its sizes aligned to the right, with ones in front."""
-
-    data: int
-    rank: int
-    shape: tuple[int, int, int, int]
-
-
-@intrinsic(prefer_literal=True)
-def fail(typing_context, status, code, message, numbers):
-    """Sets `status` to `code` with a literal `message`, its %lld filled in from a tuple of integers."""
-
-    def codegen(context, builder, signature, arguments):
-        long = ir.IntType(64)
-        values = [
-            context.cast(builder, value, kind, types.int64)
-            for value, kind in zip(cgutils.unpack_tuple(builder, arguments[3]), signature.args[3], strict=True)
-        ]
-        space = cgutils.alloca_once(builder, ir.ArrayType(ir.IntType(8), MESSAGE_BYTES))
-        buffer = builder.bitcast(space, cgutils.voidptr_t)
-        cgutils.snprintf(builder, buffer, cgutils.intp_t(MESSAGE_BYTES), message.literal_value, *values)
-        set_status = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(ir.VoidType(), [long, ir.IntType(32), long]), "TF_SetStatus"
-        )
-        code_value = context.cast(builder, arguments[1], signature.args[1], types.int32)
-        builder.call(set_status, [arguments[0], code_value, builder.ptrtoint(buffer, long)])
-        return context.get_dummy_value()
-
-    return types.void(types.intp, code, message, numbers), codegen
-
-
-@kernel
-def failed(status):
-    """Whether `status` holds an error."""
-    return tf.get_code(status) != tf.OK
-
-
-@kernel
-def _size(handle, rank, back):
-    return tf.dim(handle, rank - back) if rank >= back else 1
-
-
-@kernel
-def read_input(context, index, status):
-    """Input `index`. TensorFlow holds the elements until the kernel returns, so the handle is let go at once."""
-    slot = np.zeros(1, np.intp)
-    tf.get_input(context, index, slot.ctypes.data, status)
-    handle = slot[0]
-    if failed(status):
-        return Tensor(0, -1, (0, 0, 0, 0))
-    rank = np.int64(tf.num_dims(handle))
-    shape = (_size(handle, rank, 4), _size(handle, rank, 3), _size(handle, rank, 2), _size(handle, rank, 1))
-    data = tf.tensor_data(handle)
-    tf.delete_tensor(handle)
-    return Tensor(data, rank, shape)  # type: ignore[arg-type]
-
-
-@kernel
-def read_bias(context, index, filters, status):
-    """Address of the bias `[filters]`, 0 where there is none."""
-    count = tf.num_inputs(context) - index
-    if count == 0:
-        return 0
-    bias = read_input(context, index, status)
-    if failed(status):
-        return 0
-    if count > 1 or bias.rank != 1 or bias.shape[3] != filters:
-        fail(
-            status, INVALID_ARGUMENT,
-            "Invalid value for argument `bias`. Expected one vector of %lld elements. "
-            "Received: %lld of rank %lld and last size %lld",
-            (filters, count, bias.rank, bias.shape[3]),
-        )  # fmt: skip
-    return bias.data
-
-
-@kernel
-def allocate(context, index, rank, shape, status):
-    """Address of output `index`, made with the last `rank` sizes of `shape`."""
-    dims = np.empty(4, np.int64)
-    elements = 1
-    for i in range(4):
-        dims[i] = shape[i]
-        if shape[i] > 0 and elements > MAX_ELEMENTS // shape[i]:
-            fail(
-                status, RESOURCE_EXHAUSTED,
-                "The result of shape (%lld, %lld, %lld, %lld) is too large",
-                (shape[0], shape[1], shape[2], shape[3]),
-            )  # fmt: skip
-            return 0
-        elements *= shape[i]
-    kind = tf.output_type(context, index)
-    first = dims.ctypes.data + 8 * (4 - rank)
-    handle = tf.allocate_output(context, index, kind, first, rank, 0, status)
-    keep(dims)
-    if failed(status):
-        return 0
-    data = tf.tensor_data(handle)
-    tf.delete_tensor(handle)
-    return data
-
-
-@kernel
-def allocate_gradient(state, context, index, rank, shape, status):
-    """Address of gradient `index`; 0, and an empty output, where it is not wanted."""
-    if failed(status):
-        return 0
-    if (state[WANTED] >> index) & 1:
-        return allocate(context, index, rank, shape, status)
-    allocate(context, index, 1, (1, 1, 1, 0), status)
-    return 0
-
-
-@kernel
-def finish(context, status):
-    """Hands an error to TensorFlow, if there is one, and ends `status`."""
-    if failed(status):
-        tf.context_failure(context, status)
-    tf.delete_status(status)
-
-
-@kernel
-def out_of_memory(context):
-    """The TensorFlow error for an exception in a kernel: memory for its own use could not be had."""
-    status = tf.new_status()
-    fail(status, RESOURCE_EXHAUSTED, "There is not enough memory to compute in", ())
-    finish(context, status)
 
 
 @kernel
@@ -259,9 +132,9 @@ def require_dy(dy, shape, status):
 
 
 @kernel
-def lowest(dtype, state):
-    """The lower bound of a node's results."""
-    return dtype(0) if state[RELU] != 0 else dtype(-np.inf)
+def lowest(dtype, relu):
+    """The lower bound of values that pass a ReLU, or that do not."""
+    return dtype(0) if relu != 0 else dtype(-np.inf)
 
 
 @kernel
@@ -272,13 +145,14 @@ def depthwise_forward(dtype, address, context):
     x, weights = read_input(context, 0, status), read_input(context, 1, status)
     g = read_geometry(state, x, weights, status)
     filters = g.channels * g.multiplier
-    bias = 0 if failed(status) else read_bias(context, 2, filters, status)
+    bias = 0 if failed(status) else read_bias(state, context, 2, filters, status)
     shape = (g.batch, g.out_height, g.out_width, filters)
     y = 0 if failed(status) else allocate(context, 0, 4, shape, status)
     if not failed(status):
-        depthwise.forward(
-            dtype, g, x.data, weights.data, bias, y, lowest(dtype, state), dtype(np.inf), threads.current()
-        )
+        depthwise.convolve(
+            dtype, g, x.data, lowest(dtype, state[RELU_X]), weights.data, bias, y,
+            lowest(dtype, state[RELU]), dtype(np.inf), threads.current(),
+        )  # fmt: skip
     finish(context, status)
 
 
@@ -301,7 +175,7 @@ def depthwise_backward(dtype, address, context):
 
 @kernel
 def pointwise_forward(dtype, address, context):
-    """x, pointwise_kernel, bias (at most one) -> y."""
+    """x, pointwise_kernel, bias, residual (at most one of each) -> y."""
     state = view(np.int64, address, WORDS)
     status = tf.new_status()
     x, weights = read_input(context, 0, status), read_input(context, 1, status)
@@ -309,13 +183,15 @@ def pointwise_forward(dtype, address, context):
     filters = weights.shape[3]
     require_rank_4(x, status)
     require_pointwise(weights, depth, status)
-    bias = 0 if failed(status) else read_bias(context, 2, filters, status)
-    y = 0 if failed(status) else allocate(context, 0, 4, (batch, height, width, filters), status)
+    bias = 0 if failed(status) else read_bias(state, context, 2, filters, status)
+    shape = (batch, height, width, filters)
+    residual = read_residual(state, context, shape, status)
+    y = 0 if failed(status) else allocate(context, 0, 4, shape, status)
     if not failed(status):
         panels = kept.panels_of(dtype, address, context, 1, weights.data, depth, filters, threads.current())
         require(pointwise.multiply(
-            dtype, batch * height * width, depth, filters, x.data, weights.data, filters, 1, panels, bias, y,
-            lowest(dtype, state), dtype(np.inf), threads.current(),
+            dtype, batch * height * width, depth, filters, x.data, weights.data, filters, 1, panels, bias, residual,
+            y, lowest(dtype, state[RELU]), dtype(np.inf), threads.current(),
         ))  # fmt: skip
     finish(context, status)
 
@@ -344,22 +220,23 @@ def pointwise_backward(dtype, address, context):
 
 @kernel
 def separable_forward(dtype, address, context):
-    """x, depthwise_kernel, pointwise_kernel, bias (at most one) -> y."""
+    """x, depthwise_kernel, pointwise_kernel, bias, residual (at most one of each) -> y."""
     state = view(np.int64, address, WORDS)
     status = tf.new_status()
     x, weights, mixing = read_input(context, 0, status), read_input(context, 1, status), read_input(context, 2, status)
     g = read_geometry(state, x, weights, status)
     filters = mixing.shape[3]
     require_pointwise(mixing, g.channels * g.multiplier, status)
-    bias = 0 if failed(status) else read_bias(context, 3, filters, status)
+    bias = 0 if failed(status) else read_bias(state, context, 3, filters, status)
     shape = (g.batch, g.out_height, g.out_width, filters)
+    residual = read_residual(state, context, shape, status)
     y = 0 if failed(status) else allocate(context, 0, 4, shape, status)
     if not failed(status):
         depth = g.channels * g.multiplier
         panels = kept.panels_of(dtype, address, context, 2, mixing.data, depth, filters, threads.current())
         require(separable.try_forward(
-            dtype, g, filters, x.data, weights.data, mixing.data, panels, bias, y,
-            lowest(dtype, state), dtype(np.inf), threads.current(),
+            dtype, g, filters, x.data, lowest(dtype, state[RELU_X]), weights.data, mixing.data, panels, bias, residual,
+            y, lowest(dtype, state[RELU]), dtype(np.inf), threads.current(),
         ))  # fmt: skip
     finish(context, status)
 

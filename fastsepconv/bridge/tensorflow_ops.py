@@ -16,20 +16,22 @@ from tensorflow.python.framework import op_def_library, ops
 from . import tensorflow_card
 from .multilinear import gradient_of_gradient
 from .static_shapes import by_name, output_shape, static_shape
-from .tensorflow_registration import DEFINITIONS, register
+from .tensorflow_registration import DEFINITIONS, FROZEN, register
 
 Attributes = tuple
 
 
 def forward(kind: str, operands: Sequence[tf.Tensor], bias: tf.Tensor | None, attributes: Attributes) -> tf.Tensor:
     """The operation on channels-last tensors of one dtype, float32 or float64."""
-    inputs = [*operands, [] if bias is None else [bias]]
+    name = f"Fastsepconv{kind}"
+    definition, given = DEFINITIONS[name], {"biases": [] if bias is None else [bias]}
+    inputs = [*operands, *(given.get(length, []) for length in definition.lists)]
     if context.executing_eagerly():
-        return _apply(f"Fastsepconv{kind}", inputs, attributes)[0]
+        return _apply(name, inputs, attributes)[0]
     shapes = [static_shape(operand) for operand in operands]
     shape = output_shape(shapes, None if bias is None else static_shape(bias), by_name(attributes))
-    attributes += ("relu", 0) if kind == "Depthwise" else ("keep", 0, "relu", 0)  # set by `tensorflow_freeze`
-    (y,) = _apply_in_graph(f"Fastsepconv{kind}", inputs, attributes)
+    unset = definition.attributes.keys() & FROZEN - set(definition.lists)
+    (y,) = _apply_in_graph(name, inputs, attributes + tuple(part for attribute in unset for part in (attribute, 0)))
     y.set_shape(shape)
     return y
 
@@ -68,9 +70,11 @@ def _apply(name: str, inputs: list, attributes: Attributes) -> Sequence[tf.Tenso
 def _apply_slowly(eager: context.Context, name: str, inputs: list, attributes: Attributes) -> Sequence[tf.Tensor]:
     """The same where the fast path declines: before TensorFlow's eager context is set up, for one."""
     attributes = (*attributes, "T", inputs[0].dtype.as_datatype_enum)
-    if isinstance(inputs[-1], list):
-        attributes = (*attributes, "biases", len(inputs[-1]))
-        inputs = [*inputs[:-1], *inputs[-1]]
+    lists = DEFINITIONS[name].lists
+    required, given = inputs[: len(inputs) - len(lists)], inputs[len(inputs) - len(lists) :]
+    for length, values in zip(lists, given, strict=True):
+        attributes += (length, len(values))
+    inputs = [*required, *(value for values in given for value in values)]
     outputs = execute.execute(name.encode(), len(DEFINITIONS[name].outputs), inputs, attributes, eager)
     if execute.must_record_gradient():
         execute.record_gradient(name, inputs, attributes, outputs)
@@ -89,7 +93,7 @@ def _apply_in_graph(name: str, inputs: list, attributes: Attributes) -> Sequence
 
 def _attributes_of(op: tf.Operation) -> Attributes:
     """Those that an operation and its gradient share."""
-    names = [name for name in DEFINITIONS[op.type].attributes if name not in ("wanted", "keep", "relu")]
+    names = [name for name in DEFINITIONS[op.type].attributes if name not in FROZEN | {"wanted"}]
     return tuple(part for name in names for part in (name, op.get_attr(name)))
 
 
@@ -104,6 +108,8 @@ def _register_gradients(kind: str) -> None:
 
     @ops.RegisterGradient(f"Fastsepconv{kind}")
     def _forward_gradient(op, dy):
+        if isinstance(op, tf.Operation) and any(map(op.get_attr, DEFINITIONS[op.type].attributes.keys() & FROZEN)):
+            raise LookupError(f"A frozen model has no gradients. One of {op.name} was asked for.")
         operands, has_bias = op.inputs[:operand_count], len(op.inputs) > operand_count
         needed = _needed(op)
         gradients = backward(kind, operands, dy, _attributes_of(op), needed if has_bias else [*needed, False])

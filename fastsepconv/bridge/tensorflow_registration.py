@@ -36,6 +36,7 @@ from . import tensorflow_kernels as kernels
 from . import tensorflow_shapes as shapes
 from . import tensorflow_state as word
 from .tensorflow_capi import CANCELLED, CApi, address_of, connect, construction_failure, delete_status, new_status
+from .tensorflow_tensors import fail, out_of_memory
 
 CALLBACK = types.void(types.intp, types.intp)
 DTYPES = {1: np.float32, 2: np.float64}  # TF_FLOAT, TF_DOUBLE
@@ -56,7 +57,7 @@ class Attribute(NamedTuple):
     def spec(self) -> str:
         """Its type and default, as TensorFlow spells them."""
         default = "" if self.default is None else f" = {self.default}"
-        return ("int" if self.length == 1 else f"list(int) >= {self.length}") + default
+        return (f"int >= {self.least}" if self.length == 1 else f"list(int) >= {self.length}") + default
 
 
 _WINDOW = {
@@ -66,9 +67,11 @@ _WINDOW = {
     "padding": Attribute(word.PADDING, 4),
 }
 _WANTED = {"wanted": Attribute(word.WANTED, 1)}
-_RELU = {"relu": Attribute(word.RELU, 1, default=0)}  # these two are set by `tensorflow_freeze`
-_FROZEN = {"keep": Attribute(word.KEEP, 1, default=0)} | _RELU
-_BIAS = "bias: biases * T"
+_RELU = {"relu": Attribute(word.RELU, 1, default=0)}
+_RELU_X = {"relu_x": Attribute(word.RELU_X, 1, default=0)}
+_PRODUCT = {"keep": Attribute(word.KEEP, 1, default=0), "residuals": Attribute(word.RESIDUALS, 1, default=0)}
+FROZEN = frozenset(_RELU | _RELU_X | _PRODUCT)  # the attributes that `tensorflow_freeze` alone sets
+_BIAS, _RESIDUAL = "bias: biases * T", "residual: residuals * T"  # at most one of each
 
 
 class Definition(NamedTuple):
@@ -80,10 +83,19 @@ class Definition(NamedTuple):
     compute: Dispatcher
     infer_shape: Dispatcher | None = None
 
+    @property
+    def lists(self) -> tuple[str, ...]:
+        """The attributes that tell the lengths of the inputs that are lists. They come last."""
+        return tuple(spec.split(" ")[1] for spec in self.inputs if "*" in spec)
+
 
 DEFINITIONS = {
     "FastsepconvDepthwise": Definition(
-        ("x: T", "depthwise_kernel: T", _BIAS), ("y: T",), _WINDOW | _RELU, kernels.depthwise_forward, shapes.depthwise
+        ("x: T", "depthwise_kernel: T", _BIAS),
+        ("y: T",),
+        _WINDOW | _RELU | _RELU_X,
+        kernels.depthwise_forward,
+        shapes.depthwise,
     ),
     "FastsepconvDepthwiseGrad": Definition(
         ("x: T", "depthwise_kernel: T", "dy: T"),
@@ -92,7 +104,11 @@ DEFINITIONS = {
         kernels.depthwise_backward,
     ),
     "FastsepconvPointwise": Definition(
-        ("x: T", "pointwise_kernel: T", _BIAS), ("y: T",), _FROZEN, kernels.pointwise_forward, shapes.pointwise
+        ("x: T", "pointwise_kernel: T", _BIAS, _RESIDUAL),
+        ("y: T",),
+        _RELU | _PRODUCT,
+        kernels.pointwise_forward,
+        shapes.pointwise,
     ),
     "FastsepconvPointwiseGrad": Definition(
         ("x: T", "pointwise_kernel: T", "dy: T"),
@@ -101,9 +117,9 @@ DEFINITIONS = {
         kernels.pointwise_backward,
     ),
     "FastsepconvSeparable": Definition(
-        ("x: T", "depthwise_kernel: T", "pointwise_kernel: T", _BIAS),
+        ("x: T", "depthwise_kernel: T", "pointwise_kernel: T", _BIAS, _RESIDUAL),
         ("y: T",),
-        _WINDOW | _FROZEN,
+        _WINDOW | _RELU | _RELU_X | _PRODUCT,
         kernels.separable_forward,
         shapes.separable,
     ),
@@ -159,7 +175,7 @@ def _create(maker: int) -> Callback:
         _make_state_in(maker, construction, state.ctypes.data)
         if state[0] == 0:  # an error that the maker has told already stands: TensorFlow keeps the first
             status = new_status()
-            kernels.fail(status, CANCELLED, "interrupted while a kernel of fastsepconv was made", ())
+            fail(status, CANCELLED, "interrupted while a kernel of fastsepconv was made", ())
             construction_failure(construction, status)
             delete_status(status)
         return state[0]
@@ -175,7 +191,7 @@ def _compiled(function: Dispatcher, dtype: type) -> int:
         try:
             function(dtype, state, context)
         except Exception:
-            kernels.out_of_memory(context)
+            out_of_memory(context)
 
     return callback(CALLBACK)(compute).address
 

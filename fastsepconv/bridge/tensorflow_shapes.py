@@ -10,7 +10,7 @@ import numpy as np
 
 from ..kernels.cpu.jit import kernel
 from . import tensorflow_capi as tf
-from .tensorflow_kernels import failed
+from .tensorflow_tensors import failed
 
 UNKNOWN = -1
 

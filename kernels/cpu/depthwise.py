@@ -6,7 +6,8 @@
     d_bias[c]       = sum over n, p, q of dy[n,p,q,c]
 
 Addresses of C-contiguous channels-last float32 or float64 arrays. A depth multiplier M > 1 is served by repeating
-each input channel M times first. Taps that fall outside the image are skipped, not multiplied by zeros.
+each input channel M times first. Taps that fall outside the image are skipped, not multiplied by zeros. Forward, what
+of x is lower than `x_low` counts as that: a ReLU before the convolution costs nothing.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ CORRELATED_CHANNELS = 256  # what so many channels of a line are read for, tap b
 
 
 @kernel
-def _forward_span(dtype, g, c, count, n, p, q_first, q_last, x, kernel, bias, y, y_pixel, low, high):
+def _forward_span(dtype, g, c, count, n, p, q_first, q_last, x, x_low, kernel, bias, y, y_pixel, low, high):
     """Channels c .. c + count of output pixels q_first..q_last of line p of image n, from address y on."""
     itemsize = np.empty(0, dtype).itemsize
     line = g.width * g.channels
@@ -42,7 +43,7 @@ def _forward_span(dtype, g, c, count, n, p, q_first, q_last, x, kernel, bias, y,
     kernel_row = g.kernel_width * g.channels
     x_line = (n * g.height + top + r_first * g.dilation_height) * line
     line_span(
-        dtype, count, q_first, q_last, x + (x_line + c) * itemsize, g.dilation_height * line, r_last - r_first,
+        dtype, count, q_first, q_last, x + (x_line + c) * itemsize, g.dilation_height * line, x_low, r_last - r_first,
         -g.pad_left, g.stride_width, g.dilation_width, g.kernel_width, g.width, g.channels,
         kernel + (r_first * kernel_row + c) * itemsize, kernel_row, g.channels,
         bias + c * itemsize if bias != 0 else 0, y + c * itemsize, y_pixel, low, high,
@@ -70,7 +71,7 @@ def input_range(g, first, last):
 
 
 @kernel
-def forward_pixels(dtype, g, c_first, c_last, first, last, x, kernel, bias, y, y_pixel, low, high):
+def forward_pixels(dtype, g, c_first, c_last, first, last, x, x_low, kernel, bias, y, y_pixel, low, high):
     """Channels c_first..c_last of output pixels first..last, counted over all images, written `y_pixel` apart.
 
     y is the address of channel 0 of the first pixel. Assumes: g.multiplier is 1.
@@ -85,7 +86,7 @@ def forward_pixels(dtype, g, c_first, c_last, first, last, x, kernel, bias, y, y
         while pixel < last:  # the part of an output line that lies in first..last
             q_last = min(g.out_width, q + last - pixel)
             target = y + (pixel - first) * y_pixel * itemsize
-            _forward_span(dtype, g, c, count, n, p, q, q_last, x, kernel, bias, target, y_pixel, low, high)
+            _forward_span(dtype, g, c, count, n, p, q, q_last, x, x_low, kernel, bias, target, y_pixel, low, high)
             pixel, q, p = pixel + q_last - q, 0, p + 1
             if p == g.out_height:
                 n, p = n + 1, 0
@@ -98,7 +99,7 @@ def _band(width, channels, itemsize):
 
 
 @parallel_kernel
-def forward_single(dtype, worker, workers, g, x, kernel, bias, y, low, high):
+def forward_single(dtype, worker, workers, g, x, x_low, kernel, bias, y, low, high):
     """A worker's share of the output lines. Assumes: g.multiplier is 1.
 
     Parallel over: output lines.
@@ -109,7 +110,7 @@ def forward_single(dtype, worker, workers, g, x, kernel, bias, y, low, high):
     for line in range(first, last, step):
         m0, m1 = line * g.out_width, min(line + step, last) * g.out_width
         target = y + m0 * g.channels * itemsize
-        forward_pixels(dtype, g, 0, g.channels, m0, m1, x, kernel, bias, target, g.channels, low, high)
+        forward_pixels(dtype, g, 0, g.channels, m0, m1, x, x_low, kernel, bias, target, g.channels, low, high)
 
 
 @kernel
@@ -147,7 +148,7 @@ def _input_line(dtype, g, c, count, n, h, kernel, dy, d_x):
         rows = row_last - row_first if s_count > 0 else 0
         line_span(
             dtype, count, 0, ceil_div(g.width - phase, g.stride_width),
-            dy + ((n * g.out_height + p) * line + c) * itemsize, p_step * line, rows,
+            dy + ((n * g.out_height + p) * line + c) * itemsize, p_step * line, low, rows,
             q, 1, q_step, s_count, g.out_width, g.channels,
             kernel + ((r * g.kernel_width + s) * g.channels + c) * itemsize, r_step * g.kernel_width * g.channels,
             s_step * g.channels, 0,
@@ -342,16 +343,22 @@ def kernel_gradient(dtype, g, x, dy, d_kernel, accumulate, threads):
     return True
 
 
-@entry
-def forward(dtype, g, x, kernel, bias, y, low, high, threads):
-    """Fills y `[N,P,Q,C*M]`. bias may be 0 (absent)."""
+@kernel
+def convolve(dtype, g, x, x_low, kernel, bias, y, low, high, threads):
+    """Fills y `[N,P,Q,C*M]`. bias may be 0 (absent). What of x is lower than x_low counts as x_low."""
     if g.multiplier == 1:
-        forward_single(dtype, threads, g, x, kernel, bias, y, low, high)
+        forward_single(dtype, threads, g, x, x_low, kernel, bias, y, low, high)
     else:
         repeated = take(dtype, repeated_length(g))
         repeat_channels(dtype, threads, g, x, repeated)
-        forward_single(dtype, threads, single(g), repeated, kernel, bias, y, low, high)
+        forward_single(dtype, threads, single(g), repeated, x_low, kernel, bias, y, low, high)
         give(repeated)
+
+
+@entry
+def forward(dtype, g, x, kernel, bias, y, low, high, threads):
+    """Fills y `[N,P,Q,C*M]`. bias may be 0 (absent)."""
+    convolve(dtype, g, x, dtype(-np.inf), kernel, bias, y, low, high, threads)
 
 
 @kernel

@@ -38,11 +38,11 @@ def _over_channels(emit: Vectors, channels, span: int, body) -> None:
 
 @intrinsic
 def depthwise_tile(
-    typing_context, dtype, pixels, channels, rows, taps, x, x_row, x_tap, x_pixel, kernel, kernel_row, kernel_tap,
-    bias, y, y_pixel, low, high,
+    typing_context, dtype, pixels, channels, rows, taps, x, x_row, x_tap, x_pixel, x_low, kernel, kernel_row,
+    kernel_tap, bias, y, y_pixel, low, high,
 ):  # fmt: skip
     """y[i*y_pixel + c] = clamp(bias[c] + sum over r < rows, s < taps of
-                            x[r*x_row + s*x_tap + i*x_pixel + c] * kernel[r*kernel_row + s*kernel_tap + c])
+              max(x_low, x[r*x_row + s*x_tap + i*x_pixel + c]) * kernel[r*kernel_row + s*kernel_tap + c])
 
     for i < pixels, c < channels. `pixels` is PIXELS or 1; bias is an address of `channels` values, or 0.
 
@@ -63,19 +63,20 @@ def depthwise_tile(
                     )
         return context.get_dummy_value()
 
-    signature = types.void(dtype, *[types.intp] * 14, dtype.instance_type, dtype.instance_type)
+    element = dtype.instance_type
+    signature = types.void(dtype, *[types.intp] * 8, element, *[types.intp] * 6, element, element)
     return signature, codegen
 
 
 def _depthwise_block(
-    emit, pixels, first, span, mask, rows, taps, x, x_row, x_tap, x_pixel, kernel, kernel_row, kernel_tap,
+    emit, pixels, first, span, mask, rows, taps, x, x_row, x_tap, x_pixel, x_low, kernel, kernel_row, kernel_tap,
     bias, y, y_pixel, low, high,
 ):  # fmt: skip
     """`pixels` pixels x `span` channel vectors from channel `first` on, accumulated in registers over all taps."""
     builder = emit.builder
     masks = [mask] * span
     accumulators = _accumulators(emit, "dw", pixels, first, masks, bias)
-    x_first = emit.at(emit.pointer(x), first)
+    x_first, x_lows = emit.at(emit.pointer(x), first), emit.splat(x_low)
     kernel_first = emit.at(emit.pointer(kernel), first)
     with cgutils.for_range(builder, rows) as row_loop:
         x_line = emit.at(x_first, builder.mul(row_loop.index, x_row))
@@ -86,14 +87,14 @@ def _depthwise_block(
             for i, accumulator in enumerate(accumulators):
                 source = emit.at(x_taps, builder.mul(x_pixel, index(i)))
                 for j, register in enumerate(accumulator):
-                    value = emit.load(emit.at(source, index(j * emit.lanes)), mask)
+                    value = emit.at_least(x_lows, emit.load(emit.at(source, index(j * emit.lanes)), mask))
                     builder.store(emit.multiply_add(value, weights[j], builder.load(register)), register)
     _store_pixels(emit, accumulators, first, masks, y, y_pixel, low, high)
 
 
 @intrinsic
 def sliding_tile(
-    typing_context, dtype, pixels, cut_left, cut_right, channels, rows, x, x_row, x_pixel,
+    typing_context, dtype, pixels, cut_left, cut_right, channels, rows, x, x_row, x_pixel, x_low,
     kernel, kernel_row, kernel_tap, bias, y, y_pixel, low, high,
 ):  # fmt: skip
     """`depthwise_tile` for SLIDING_TAPS taps with x_tap == x_pixel.
@@ -121,12 +122,13 @@ def sliding_tile(
         emit_cases(builder, pixels, SLIDES, emit_case)
         return context.get_dummy_value()
 
-    signature = types.void(dtype, *[types.intp] * 14, dtype.instance_type, dtype.instance_type)
+    element = dtype.instance_type
+    signature = types.void(dtype, *[types.intp] * 8, element, *[types.intp] * 6, element, element)
     return signature, codegen
 
 
 def _sliding(
-    emit, pixels, cuts, first, masks, rows, x, x_row, x_pixel, kernel, kernel_row, kernel_tap, bias, y, y_pixel,
+    emit, pixels, cuts, first, masks, rows, x, x_row, x_pixel, x_low, kernel, kernel_row, kernel_tap, bias, y, y_pixel,
     low, high,
 ):  # fmt: skip
     """`pixels` pixels x `masks` channel vectors from channel `first` on.
@@ -136,6 +138,7 @@ def _sliding(
     builder, columns = emit.builder, pixels + SLIDING_TAPS - 1
     accumulators = _accumulators(emit, "slide", pixels, first, masks, bias)
     x_first, kernel_first = emit.at(emit.pointer(x), first), emit.at(emit.pointer(kernel), first)
+    x_lows = emit.splat(x_low)
     with cgutils.for_range(builder, rows) as loop:
         x_line = emit.at(x_first, builder.mul(loop.index, x_row))
         kernel_line = emit.at(kernel_first, builder.mul(loop.index, kernel_row))
@@ -146,7 +149,7 @@ def _sliding(
 
         def add_column(column, x_line=x_line, weights=weights):
             values = emit.load_span(emit.at(x_line, builder.mul(x_pixel, index(column))), masks)
-            used = []
+            values, used = [emit.at_least(x_lows, value) for value in values], []
             for tap in range(max(0, column - pixels + 1), min(SLIDING_TAPS, column + 1)):
                 for value, weight, register in zip(values, weights[tap], accumulators[column - tap], strict=True):
                     builder.store(emit.multiply_add(value, weight, builder.load(register)), register)

@@ -1,6 +1,6 @@
 """The matrix product behind the pointwise step: how it is cut into blocks, tiles and shares of work.
 
-    y[m,f] = clamp(start[f] + sum over k of a[m,k] * kernel[k,f])
+    y[m,f] = clamp(start[f] + sum over k of a[m,k] * kernel[k,f] + residual[m,f])
 
 The blocking is that of Goto and van de Geijn (Anatomy of High-Performance Matrix Multiplication, 2008) with one level
 less, since the whole depth is summed in registers: a block of a stays in L2; panels of the kernel stream
@@ -178,7 +178,7 @@ def _silent_tiles(panel):
 @compiled_once
 def _multiply_panel(
     dtype, rows, depth, filters, columns, a, a_row, tail, b, b_step, panel, next_b, next_step, ahead, ahead_step,
-    start, y, past_caches, low, high,
+    start, residual_offset, y, past_caches, low, high,
 ):  # fmt: skip
     """One panel of filters: tiles of rows pass it, each in L1 for its depth. The first packs b into `panel`, if not 0.
 
@@ -197,7 +197,7 @@ def _multiply_panel(
         block = a + m * a_row * itemsize if height == TILE_ROWS or tail == 0 else tail
         gemm_tile(
             dtype, tile_height(height), height, columns, depth, block, a_row, 1, b, b_step, packed, wanted, step,
-            start, 0, y + m * filters * itemsize, filters, past_caches, low, high,
+            start, 0, residual_offset, y + m * filters * itemsize, filters, past_caches, low, high,
         )  # fmt: skip
         if packed != 0:
             b, b_step, packed = panel, gemm_columns(dtype), 0
@@ -206,9 +206,11 @@ def _multiply_panel(
 @kernel
 def multiply_block(
     dtype, rows, depth, filters, f_first, f_last, a, a_row, tail, kernel, row_stride, column_stride,
-    panels, own, start, y, past_caches, ahead, ahead_length, low, high,
+    panels, own, start, residual_offset, y, past_caches, ahead, ahead_length, low, high,
 ):  # fmt: skip
     """Filters f_first..f_last of y for a block of rows; y is the address of its first row.
+
+    The residual lies `residual_offset` bytes behind y; there is none where that is 0.
 
     The kernel lies in packed `panels`, or is packed into `own`, which has room for one, as it is used. Meanwhile the
     `ahead_length` elements at `ahead` are brought into L2.
@@ -238,6 +240,7 @@ def multiply_block(
             next_step = 0
         _multiply_panel(
             dtype, rows, depth, filters, columns, a, a_row, tail, b, b_step, panel, next_b, next_step,
-            ahead, step_ahead if ahead < past else 0, start + f * itemsize, y + f * itemsize, past_caches, low, high,
+            ahead, step_ahead if ahead < past else 0, start + f * itemsize, residual_offset, y + f * itemsize,
+            past_caches, low, high,
         )  # fmt: skip
         ahead += asks_ahead * step_ahead * itemsize

@@ -38,11 +38,14 @@ def gemm_columns(typing_context, dtype):
 @intrinsic
 def gemm_tile(
     typing_context, dtype, tile_rows, rows, columns, depth,
-    a, a_row, a_step, b, b_step, panel, ahead, ahead_step, start, start_row, c, c_row, past_caches, low, high,
+    a, a_row, a_step, b, b_step, panel, ahead, ahead_step, start, start_row, residual_offset, c, c_row, past_caches,
+    low, high,
 ):  # fmt: skip
-    """c[i*c_row + j] = clamp(start[i*start_row + j] + sum over k < depth of a[i*a_row + k*a_step] * b[k*b_step + j])
+    """c[i*c_row + j] = clamp(sum over k < depth of a[i*a_row + k*a_step] * b[k*b_step + j]
+                           + start[i*start_row + j] + residual[i*c_row + j])
 
-    for i < rows, j < columns. `tile_rows` is one of GEMM_ROWS, at least `rows`; `columns` is at most `vectors*lanes`.
+    for i < rows, j < columns. The residual lies `residual_offset` bytes behind c; there is none where that is 0.
+    `tile_rows` is one of GEMM_ROWS, at least `rows`; `columns` is at most `vectors*lanes`.
     All `tile_rows` rows of a and all `vectors*lanes` columns of b are read, whatever `rows` and `columns` are.
     Meanwhile b is copied into the packed `panel`, if that is not 0, and one cache line every ASK_STEP k is asked for in
     L2: that which holds `ahead + k//ASK_STEP*ahead_step`. Where UNROLL > 1, a tile that packs b asks for nothing, nor
@@ -58,21 +61,20 @@ def gemm_tile(
         emit_cases(builder, tile_rows, GEMM_ROWS, lambda height: _gemm_tile(emit, height, *rest))
         return context.get_dummy_value()
 
-    signature = types.void(dtype, *[types.intp] * 17, dtype.instance_type, dtype.instance_type)
+    signature = types.void(dtype, *[types.intp] * 18, dtype.instance_type, dtype.instance_type)
     return signature, codegen
 
 
 def _gemm_tile(
     emit, height, rows, columns, depth, a, a_row, a_step, b, b_step, panel, ahead, ahead_step,
-    start, start_row, c, c_row, past_caches, low, high,
+    start, start_row, residual_offset, c, c_row, past_caches, low, high,
 ):  # fmt: skip
     """One height of `gemm_tile`: height x vectors sums stay in registers, and go to the totals now and then."""
     builder, width = emit.builder, CHOSEN.vectors
     masks = [emit.mask(columns, j * emit.lanes) for j in range(width)]
-    last = builder.sub(rows, index(1))
     sums = [[emit.register(f"sum{height}_{i}_{j}") for j in range(width)] for i in range(height)]
     _for_each(emit, sums, lambda register: builder.store(emit.zero(), register))
-    output = _OutputLines(emit, height, c, c_row, past_caches)
+    output = _OutputLines(emit, height, c, c_row, residual_offset, past_caches)
     output.begin()
     a_rows, b_rows = _row_pointers(emit, a, a_row, height), _Kernel(emit, b, b_step, panel)
     totals = _Totals(emit, sums)
@@ -103,13 +105,9 @@ def _gemm_tile(
                 _multiply_step(emit, sums, a_rows, a_row, b_rows.take())
                 _advance(emit, a_rows, a_step)
     totals.add_to_sums(chunks)
-    for i, row in enumerate(sums):
-        # a row past the end gets the last one's values: they are read, and never stored
-        inside = builder.select(builder.icmp_signed("<", index(i), rows), index(i), last)
-        line = emit.at(emit.pointer(start), builder.mul(inside, start_row))
-        for j, register in enumerate(row):
-            value = emit.load(emit.at(line, index(j * emit.lanes)), masks[j])
-            builder.store(builder.fadd(builder.load(register), value), register)
+    _add_rows(emit, sums, masks, rows, start, start_row)
+    with builder.if_then(builder.icmp_signed("!=", residual_offset, index(0)), likely=False):
+        _add_rows(emit, sums, masks, rows, builder.add(c, residual_offset), c_row)
     _store_tile(emit, sums, masks, rows, columns, c, c_row, past_caches, low, high)
 
 
@@ -186,7 +184,7 @@ class _Totals:
 
 
 class _OutputLines:
-    """Asks for the tile's cache lines of c, so that they have come when they are written.
+    """Asks for the tile's cache lines of c and of the residual, so that they have come when they are needed.
 
     A `few` at once, for which a turn then needs no instructions; else one a turn. The 28 of AVX-512 at once would fill
     the queue of what the core waits for, and the first rows of a and b would wait behind them: a tenth of the time at
@@ -195,7 +193,7 @@ class _OutputLines:
     that is asked for in a turn goes the next one, where rows do not begin with a line: most reach into one more then.
     """
 
-    def __init__(self, emit: Vectors, height: int, c, c_row, past_caches) -> None:
+    def __init__(self, emit: Vectors, height: int, c, c_row, residual_offset, past_caches) -> None:
         builder = emit.builder
         self.emit, self.height, self.c, self.c_row = emit, height, emit.pointer(c), c_row
         self.lines_a_row = -(-CHOSEN.vectors * emit.lanes * emit.itemsize // CACHE_LINE)
@@ -211,18 +209,26 @@ class _OutputLines:
         self.collide = builder.icmp_signed("==", apart, index(0))
         self.to_l1 = builder.select(self.collide, index(0), lines)
         self.to_l2 = builder.select(self.collide, lines, index(0))
+        self.residual = emit.pointer(builder.add(c, residual_offset))
+        self.has_residual = builder.icmp_signed("!=", residual_offset, index(0))
 
     def begin(self) -> None:
-        """Before the first turn: asks for all of them, where they are few."""
+        """Before the first turn: asks for all of the residual's, and for all of c's where they are few."""
+        builder = self.emit.builder
+        with builder.if_then(self.has_residual, likely=False):
+            self._ask_for_all(self.residual, 2)
         if not self.at_once:
             return
-        builder, emit, line_length = self.emit.builder, self.emit, CACHE_LINE // self.emit.itemsize
         with builder.if_then(self.wanted), builder.if_else(self.collide) as branches:
             for branch, level in zip(branches, (2, 1), strict=True):
                 with branch:
-                    for row, part in itertools.product(range(self.height), range(self.lines_a_row)):
-                        offset = builder.add(builder.mul(self.c_row, index(row)), index(part * line_length))
-                        emit.prefetch(emit.at(self.c, offset), level, write=level == 1)
+                    self._ask_for_all(self.c, level)
+
+    def _ask_for_all(self, tile, level: int) -> None:
+        builder, emit, line_length = self.emit.builder, self.emit, CACHE_LINE // self.emit.itemsize
+        for row, part in itertools.product(range(self.height), range(self.lines_a_row)):
+            offset = builder.add(builder.mul(self.c_row, index(row)), index(part * line_length))
+            emit.prefetch(emit.at(tile, offset), level, write=level == 1)
 
     def take_turn(self, turn, otherwise) -> None:
         """Asks in L2 for what lies at `otherwise`; where lines of the tile are left, for that of the turn's number too.
@@ -284,6 +290,17 @@ def _advance(emit: Vectors, a_rows, step) -> None:
     """The pointers to rows of a, `step` elements on."""
     for slot in a_rows:
         emit.builder.store(_opaque(emit.builder, emit.at(emit.builder.load(slot), step)), slot)
+
+
+def _add_rows(emit: Vectors, tile, masks, rows, start, start_row) -> None:
+    """Adds rows that lie `start_row` apart to the tile. One past the end gets the last one's: it is never stored."""
+    builder, last = emit.builder, emit.builder.sub(rows, index(1))
+    for i, row in enumerate(tile):
+        inside = builder.select(builder.icmp_signed("<", index(i), rows), index(i), last)
+        line = emit.at(emit.pointer(start), builder.mul(inside, start_row))
+        for value, register in zip(emit.load_span(line, masks), row, strict=True):
+            builder.store(builder.fadd(builder.load(register), value), register)
+        emit.in_order(row)
 
 
 def _store_tile(emit: Vectors, tile, masks, rows, columns, c, c_row, past_caches, low, high) -> None:

@@ -1,12 +1,12 @@
 """Pointwise (1x1) convolution on the CPU: a matrix product, forward and backward.
 
-    y[m,f]        = clamp(bias[f] + sum over k of x[m,k] * kernel[k,f])
+    y[m,f]        = clamp(bias[f] + sum over k of x[m,k] * kernel[k,f] + residual[m,f])
     d_x[m,k]      = sum over f of dy[m,f] * kernel[k,f]
     d_kernel[k,f] = sum over m of x[m,k] * dy[m,f]
     d_bias[f]     = sum over m of dy[m,f]
 
-x `[rows,depth]`, kernel `[depth,filters]`, dy and y `[rows,filters]`: addresses of C-contiguous float32 or float64
-arrays. The blocking is that of Goto and van de Geijn (Anatomy of High-Performance Matrix Multiplication, 2008),
+x `[rows,depth]`, kernel `[depth,filters]`, dy, y, residual `[rows,filters]`: addresses of C-contiguous float32 or
+float64 arrays. The blocking is that of Goto and van de Geijn (Anatomy of High-Performance Matrix Multiplication, 2008),
 with one level less: the whole depth is summed in registers.
 """
 
@@ -54,7 +54,7 @@ def rows_length(dtype, depth, tiles):
 @kernel
 def multiply_rows(
     dtype, m0, m1, after, depth, filters, f_first, f_last, x, kernel, row_stride, column_stride,
-    panels, room, own, start, y, streamed, low, high,
+    panels, room, own, start, residual_offset, y, streamed, low, high,
 ):  # fmt: skip
     """Rows m0..m1 of y, filters f_first..f_last; meanwhile the rows m1..after of x are asked for.
 
@@ -73,15 +73,15 @@ def multiply_rows(
         copy(tail, x + (m1 - left) * depth * itemsize, left * depth * itemsize)
     multiply_block(
         dtype, m1 - m0, depth, filters, f_first, f_last, a, row, tail, kernel, row_stride, column_stride,
-        panels, own, start, y + m0 * filters * itemsize, streamed,
+        panels, own, start, residual_offset, y + m0 * filters * itemsize, streamed,
         x + m1 * depth * itemsize, (after - m1) * depth, low, high,
     )  # fmt: skip
 
 
 @parallel_kernel
 def _multiply(
-    dtype, worker, workers, rows, depth, filters, x, kernel, row_stride, column_stride, panels, start, y, low, high,
-    lacking,
+    dtype, worker, workers, rows, depth, filters, x, kernel, row_stride, column_stride, panels, start,
+    residual_offset, y, low, high, lacking,
 ):  # fmt: skip
     """A worker's share of y, a block of rows of x at a time.
 
@@ -101,17 +101,19 @@ def _multiply(
         _, after = block_range(first, last, blocks, number + 1)
         multiply_rows(
             dtype, m0, m1, after, depth, filters, f_first, f_last, x, kernel, row_stride, column_stride,
-            panels, block, own, start, y, streamed, low, high,
+            panels, block, own, start, residual_offset, y, streamed, low, high,
         )  # fmt: skip
     fence()
     give(block)
 
 
 @kernel
-def multiply(dtype, rows, depth, filters, x, kernel, row_stride, column_stride, kept, bias, y, low, high, threads):
-    """y = clamp(x . kernel + bias), a kernel of any strides; says whether there was memory. bias may be 0 (absent).
+def multiply(
+    dtype, rows, depth, filters, x, kernel, row_stride, column_stride, kept, bias, residual, y, low, high, threads
+):
+    """y = clamp(x . kernel + bias + residual), a kernel of any strides; says whether there was memory.
 
-    `kept` is the kernel as `gemm.pack` packs it, or 0.
+    bias and residual may be 0 (absent); `kept` is the kernel as `gemm.pack` packs it, or 0.
     """
     zeros, lacking = np.zeros(filters, dtype), np.zeros(1, np.intp)
     start = bias if bias != 0 else address(zeros)
@@ -121,8 +123,8 @@ def multiply(dtype, rows, depth, filters, x, kernel, row_stride, column_stride, 
     panels = shared_panels(dtype, rows, depth, filters, kernel, row_stride, column_stride, kept, packed, threads)
     parts = shares(rows, threads, panels != 0)
     _multiply(
-        dtype, parts, rows, depth, filters, x, kernel, row_stride, column_stride, panels, start, y, low, high,
-        address(lacking),
+        dtype, parts, rows, depth, filters, x, kernel, row_stride, column_stride, panels, start,
+        residual - y if residual != 0 else 0, y, low, high, address(lacking),
     )  # fmt: skip
     keep(zeros)
     give(packed)
@@ -132,7 +134,7 @@ def multiply(dtype, rows, depth, filters, x, kernel, row_stride, column_stride, 
 @entry
 def forward(dtype, rows, depth, filters, x, kernel, bias, y, low, high, threads):
     """Fills y. bias may be 0 (absent)."""
-    require(multiply(dtype, rows, depth, filters, x, kernel, filters, 1, 0, bias, y, low, high, threads))
+    require(multiply(dtype, rows, depth, filters, x, kernel, filters, 1, 0, bias, 0, y, low, high, threads))
 
 
 @compiled_once
@@ -157,7 +159,7 @@ def _gradient_panel(dtype, rows, tiles, depth, columns, strips, dy, dy_row, pane
         gemm_tile(
             dtype, tile_height(count), count, columns, rows, strips + tile * rows * strip * itemsize, 1, strip,
             b, b_row, packed, ahead + (k + tile % ASK_STEP * ahead_step) * itemsize, ASK_STEP * ahead_step,
-            start, start_row, target, dy_row, 0, dtype(-np.inf), dtype(np.inf),
+            start, start_row, 0, target, dy_row, 0, dtype(-np.inf), dtype(np.inf),
         )  # fmt: skip
         b, b_row, packed = panel, width, 0
 
@@ -320,7 +322,7 @@ def backward(dtype, rows, depth, filters, x, kernel, dy, d_x, d_kernel, d_bias, 
     """Fills d_x, d_kernel and d_bias, each where its address is not 0."""
     if d_x != 0:
         low, high = dtype(-np.inf), dtype(np.inf)
-        require(multiply(dtype, rows, filters, depth, dy, kernel, 1, filters, 0, 0, d_x, low, high, threads))
+        require(multiply(dtype, rows, filters, depth, dy, kernel, 1, filters, 0, 0, 0, d_x, low, high, threads))
     if d_kernel != 0:
         require(kernel_gradient(dtype, rows, depth, filters, x, dy, d_kernel, threads))
     if d_bias != 0:

@@ -1,7 +1,7 @@
 """Separable convolution on the CPU: the depthwise and the pointwise step fused, forward and backward.
 
     mid[n,p,q,k]     = depthwise convolution of x, as in `depthwise`
-    y[n,p,q,f]       = clamp(bias[f] + sum over k of mid[n,p,q,k] * pointwise[k,f])
+    y[n,p,q,f]       = clamp(bias[f] + sum over k of mid[n,p,q,k] * pointwise[k,f] + residual[n,p,q,f])
     d_mid[n,p,q,k]   = sum over f of dy[n,p,q,f] * pointwise[k,f]
     d_pointwise[k,f] = sum over n, p, q of mid[n,p,q,k] * dy[n,p,q,f]
     d_x, d_depthwise = the gradients of the depthwise convolution for d_mid
@@ -33,7 +33,24 @@ STRIPS_AT_ONCE = 16  # of mid, from being computed to being packed: they are sti
 
 
 @parallel_kernel
-def _forward(dtype, worker, workers, g, filters, x, depthwise, pointwise, panels, start, y, low, high, lacking):
+def _forward(
+    dtype,
+    worker,
+    workers,
+    g,
+    filters,
+    x,
+    x_low,
+    depthwise,
+    pointwise,
+    panels,
+    start,
+    residual_offset,
+    y,
+    low,
+    high,
+    lacking,
+):
     """A worker's share of y: the depthwise step fills a block in L2, the pointwise step empties it.
 
     Parallel over: output pixels; where these are few, panels of filters too.
@@ -51,13 +68,13 @@ def _forward(dtype, worker, workers, g, filters, x, depthwise, pointwise, panels
     own = block + block_length * itemsize
     for number in range(blocks):
         m0, m1 = gemm.block_range(first, last, blocks, number)
-        dw.forward_pixels(dtype, g, 0, depth, m0, m1, x, depthwise, 0, block, row, dtype(-np.inf), dtype(np.inf))
+        dw.forward_pixels(dtype, g, 0, depth, m0, m1, x, x_low, depthwise, 0, block, row, dtype(-np.inf), dtype(np.inf))
         _, x_read = dw.input_range(g, m0, m1)
         x_next, x_last = dw.input_range(g, *gemm.block_range(first, last, blocks, number + 1))
         x_next = max(x_next, x_read)
         gemm.multiply_block(
             dtype, m1 - m0, depth, filters, f_first, f_last, block, row, 0, pointwise, filters, 1,
-            panels, own, start, y + m0 * filters * itemsize, streamed,
+            panels, own, start, residual_offset, y + m0 * filters * itemsize, streamed,
             x + x_next * itemsize, max(0, x_last - x_next), low, high,
         )  # fmt: skip
     fence()
@@ -65,36 +82,40 @@ def _forward(dtype, worker, workers, g, filters, x, depthwise, pointwise, panels
 
 
 @kernel
-def _forward_single(dtype, g, filters, x, depthwise, pointwise, kept, bias, y, low, high, threads):
+def _forward_single(dtype, g, filters, x, x_low, depthwise, pointwise, kept, bias, residual, y, low, high, threads):
     """Fills y; says whether there was memory. Assumes: g.multiplier is 1."""
     pixels, depth = g.batch * g.out_height * g.out_width, g.channels
     zeros, lacking = np.zeros(filters, dtype), np.zeros(1, np.intp)
-    start = bias if bias != 0 else address(zeros)
+    start, offset = bias if bias != 0 else address(zeros), residual - y if residual != 0 else 0
     packed = try_take(dtype, gemm.shared_length(dtype, pixels, depth, filters, filters, 1, kept, threads))
     if packed == 0:
         return False
     panels = gemm.shared_panels(dtype, pixels, depth, filters, pointwise, filters, 1, kept, packed, threads)
     shares = gemm.shares(pixels, threads, panels != 0)
-    _forward(dtype, shares, g, filters, x, depthwise, pointwise, panels, start, y, low, high, address(lacking))
+    _forward(
+        dtype, shares, g, filters, x, x_low, depthwise, pointwise, panels, start, offset, y, low, high, address(lacking)
+    )
     keep(zeros)
     give(packed)
     return lacking[0] == 0
 
 
 @kernel
-def try_forward(dtype, g, filters, x, depthwise, pointwise, kept, bias, y, low, high, threads):
-    """Fills y `[N,P,Q,F]`; says whether there was memory. bias may be 0 (absent).
+def try_forward(dtype, g, filters, x, x_low, depthwise, pointwise, kept, bias, residual, y, low, high, threads):
+    """Fills y `[N,P,Q,F]`; says whether there was memory. bias and residual may be 0 (absent).
 
-    `kept` is the pointwise kernel as `gemm.pack` packs it, or 0.
+    What of x is lower than x_low counts as x_low. `kept` is the pointwise kernel as `gemm.pack` packs it, or 0.
     """
     if g.multiplier == 1:
-        return _forward_single(dtype, g, filters, x, depthwise, pointwise, kept, bias, y, low, high, threads)
+        return _forward_single(
+            dtype, g, filters, x, x_low, depthwise, pointwise, kept, bias, residual, y, low, high, threads
+        )
     repeated = try_take(dtype, repeated_length(g))
     if repeated == 0:
         return False
     repeat_channels(dtype, threads, g, x, repeated)
     had_memory = _forward_single(
-        dtype, single(g), filters, repeated, depthwise, pointwise, kept, bias, y, low, high, threads
+        dtype, single(g), filters, repeated, x_low, depthwise, pointwise, kept, bias, residual, y, low, high, threads
     )
     give(repeated)
     return had_memory
@@ -103,7 +124,7 @@ def try_forward(dtype, g, filters, x, depthwise, pointwise, kept, bias, y, low, 
 @entry
 def forward(dtype, g, filters, x, depthwise, pointwise, bias, y, low, high, threads):
     """Fills y `[N,P,Q,F]`. bias may be 0 (absent)."""
-    require(try_forward(dtype, g, filters, x, depthwise, pointwise, 0, bias, y, low, high, threads))
+    require(try_forward(dtype, g, filters, x, dtype(-np.inf), depthwise, pointwise, 0, bias, 0, y, low, high, threads))
 
 
 @parallel_kernel
@@ -125,7 +146,7 @@ def _pointwise_gradient(dtype, worker, workers, g, filters, x, depthwise, dy, d_
         m0, m1 = share(pixels, block, blocks)
         for k in range(k_first, k_last, row):
             k_end = min(k + row, k_last)
-            dw.forward_pixels(dtype, g, k, k_end, m0, m1, x, depthwise, 0, mid - k * itemsize, row, low, high)
+            dw.forward_pixels(dtype, g, k, k_end, m0, m1, x, low, depthwise, 0, mid - k * itemsize, row, low, high)
             pw.pack_strips(dtype, m1 - m0, k - k_first, k_end - k, mid, row, room)
         _, x_read = dw.input_range(g, m0, m1)
         pw.add_strips(
@@ -175,7 +196,7 @@ def _backward_in_steps(dtype, g, filters, x, depthwise, pointwise, dy, d_x, d_de
             )
         if d_x != 0 or d_depthwise != 0:
             had_memory &= pw.multiply(
-                dtype, rows, filters, depth, dy_part, pointwise, 1, filters, kept, 0, d_mid, low, high, threads
+                dtype, rows, filters, depth, dy_part, pointwise, 1, filters, kept, 0, 0, d_mid, low, high, threads
             )
         if d_x != 0:
             d_x_part = d_x + n * g.height * g.width * depth * itemsize

@@ -75,7 +75,7 @@ def _multiply_band(dtype, g, filters, first, last, end, x, depthwise, dy, panels
     for m in range(first, last, step):
         m1, dy_block = min(last, m + step), dy + m * filters * itemsize
         if d_pointwise != 0:
-            dw.forward_pixels(dtype, g, 0, depth, m, m1, x, depthwise, 0, mid, depth, low, high)
+            dw.forward_pixels(dtype, g, 0, depth, m, m1, x, low, depthwise, 0, mid, depth, low, high)
             ahead = dy_block + (width if filters > width else (m1 - m) * filters) * itemsize
             pw.add_gradient(
                 dtype, m1 - m, depth, filters, mid, depth, dy_block, filters, d_pointwise, False, ahead, filters, room
@@ -83,7 +83,7 @@ def _multiply_band(dtype, g, filters, first, last, end, x, depthwise, dy, panels
         if d_mid != 0:
             pw.multiply_rows(
                 dtype, m, m1, min(end, m1 + step), filters, depth, 0, depth, dy, 0, 1, filters,
-                panels, rows_room, 0, zeros, d_mid, 0, low, high,
+                panels, rows_room, 0, zeros, 0, d_mid, 0, low, high,
             )  # fmt: skip
 
 

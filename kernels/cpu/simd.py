@@ -138,9 +138,13 @@ class Vectors:
         below = self.builder.fcmp_ordered("!=", low, ir.Constant(low.type, float("-inf")))
         return self.builder.or_(below, self.builder.fcmp_ordered("!=", high, infinity))
 
+    def at_least(self, low, value):
+        """max(low, value) with a NaN left alone."""
+        return self.builder.select(self.builder.fcmp_ordered(">", low, value), low, value)
+
     def clamp(self, value, low, high):
         """min(max(value, low), high) with a NaN left alone: the comparisons are ordered."""
-        value = self.builder.select(self.builder.fcmp_ordered("<", value, low), low, value)
+        value = self.at_least(low, value)
         return self.builder.select(self.builder.fcmp_ordered(">", value, high), high, value)
 
     def _declare(self, name: str, result, arguments, pointer_suffix: str = ""):

@@ -5,12 +5,13 @@ from __future__ import annotations
 import tensorflow as tf
 
 from fastsepconv.bridge import tensorflow as bridge
+from fastsepconv.bridge import tensorflow_ops
 
 from ..tolerances import RELATIVE, relative_error
 from . import oracle
 from .windows import WINDOWS, operand_shapes, window_of
 
-__all__ = ["KINDS", "WINDOWS", "assert_second_order", "gradients", "operands", "window_of"]
+__all__ = ["KINDS", "WINDOWS", "add_node", "assert_second_order", "gradients", "operands", "window_of"]
 
 KINDS = {
     "separable": bridge.separable_conv2d,
@@ -50,3 +51,13 @@ def assert_second_order(kind, rng):
     theirs = second_order(lambda *inputs: oracle.convolve(kind, inputs, **options))
     for our, their in zip(ours, theirs, strict=True):
         assert relative_error(our, their) <= 100 * RELATIVE["float64"]
+
+
+def add_node(kind: str, *operands, bias=(), residual=(), **attributes):
+    """A node of this package's in the present graph, its y."""
+    attributes = {"relu": 0} | ({} if kind == "Depthwise" else {"keep": 0}) | attributes
+    if kind != "Pointwise":
+        attributes |= {"relu_x": 0, "strides": [1, 1], "dilations": [1, 1], "same": 1, "padding": [0] * 4} | attributes
+    lists = [list(bias)] if kind == "Depthwise" else [list(bias), list(residual)]
+    flat = tuple(part for pair in attributes.items() for part in pair)
+    return tensorflow_ops._apply_in_graph(f"Fastsepconv{kind}", [*operands, *lists], flat)[0]

@@ -20,7 +20,7 @@ from fastsepconv.bridge.tensorflow_registration import CARD
 from fastsepconv.kernels.cuda import launch, memory
 from fastsepconv.models import xception
 from tests.bridge import oracle
-from tests.bridge.cases import KINDS, WINDOWS, assert_second_order, gradients, operands, window_of
+from tests.bridge.cases import KINDS, WINDOWS, add_node, assert_second_order, gradients, operands, window_of
 from tests.tolerances import assert_close
 
 MEMORY = {"memory_limit": 8192} if CARD == "GPU" else {}  # megabytes
@@ -90,14 +90,27 @@ def test_the_bridge_says_which_way_it_takes(backend):
 
 
 def test_a_frozen_model(rng, ran):
-    """Its ReLU is computed by the convolution's node."""
-    layers = [fastsepconv.FastSeparableConv2D(8, 3), keras.layers.BatchNormalization(), keras.layers.ReLU()]
-    model = keras.Sequential([keras.Input((5, 6, 4)), *layers])
-    model.set_weights([rng.uniform(0.1, 1, weight.shape) for weight in model.get_weights()])
+    """A ReLU behind a convolution is computed by its node; one before it, and a sum, by TensorFlow."""
+    image = keras.Input((5, 6, 4))
+    y = fastsepconv.FastSeparableConv2D(8, 3, padding="same")(keras.layers.ReLU()(image - 0.5))
+    y = keras.layers.Add()([keras.layers.BatchNormalization()(y), keras.layers.Conv2D(8, 1)(image)])
+    y = keras.layers.ReLU()(fastsepconv.FastSeparableConv2D(8, 3)(y))
+    model = keras.Model(image, y)
+    low = {1: 0.1, 4: -1.0}  # of what has one size, for one the variances
+    model.set_weights([rng.uniform(low[weight.ndim], 1, weight.shape) for weight in model.get_weights()])
     x = rng.standard_normal((2, 5, 6, 4)).astype("float32")
     y = fastsepconv.freeze(model)(x).numpy()
     assert ran and 0 < np.count_nonzero(y) < y.size
     np.testing.assert_allclose(y, fastsepconv.revert(model)(x), rtol=1e-4, atol=1e-5)
+
+
+def test_what_was_frozen_for_the_cpu_is_refused():
+    @tf.function(autograph=False)
+    def graph(x):
+        return add_node("Depthwise", x, tf.ones((3, 3, 4, 1)), relu_x=1)
+
+    with pytest.raises(tf.errors.UnimplementedError, match="frozen for the CPU does not run on a card"):
+        graph(tf.ones((1, 5, 5, 4)))
 
 
 @pytest.mark.parametrize("in_graph", [False, True], ids=["eager", "graph"])

@@ -15,11 +15,11 @@ import pytest
 import tensorflow as tf
 
 import fastsepconv
-from fastsepconv.bridge import tensorflow_freeze, tensorflow_ops
+from fastsepconv.bridge import tensorflow_freeze
 from fastsepconv.layers import FastDepthwiseConv2D, FastSeparableConv2D
 
 from . import oracle
-from .cases import operands
+from .cases import add_node, operands
 
 freezing = importlib.import_module("fastsepconv.freeze")  # the module: the package has the function of that name
 
@@ -30,13 +30,21 @@ def marks(nodes, attribute: str) -> list[int]:
 
 @pytest.fixture
 def frozen_nodes(monkeypatch):
-    """The nodes that `freeze` marks."""
-    found, mark = [], tensorflow_freeze._take_in_relus
-    monkeypatch.setattr(tensorflow_freeze, "_take_in_relus", lambda nodes: (mark(nodes), found.extend(nodes)))
+    """The nodes that `freeze` has marked."""
+    found, mark = [], tensorflow_freeze._take_in_relus_of_x
+    monkeypatch.setattr(tensorflow_freeze, "_take_in_relus_of_x", lambda nodes: (mark(nodes), found.extend(nodes)))
     return found
 
 
-ATTRIBUTES = ("keep", 0, "relu", 0)
+def needed(nodes) -> set[str]:
+    """The operations that the results of a graph come from."""
+    named, found = {node.name: node for node in nodes}, set()
+    wanted = [node.name for node in nodes if node.name.startswith("Identity")]
+    while wanted:
+        node = named[wanted.pop()]
+        found.add(node.op)
+        wanted += [name.partition(":")[0].lstrip("^") for name in node.input]
+    return found
 
 
 def small(order="depthwise_pointwise", **arguments):
@@ -66,9 +74,8 @@ def test_a_frozen_model_predicts_as_the_model_did(dtype, order, rng, frozen_node
         np.testing.assert_allclose(
             *(np.float64(each[:batch]) for each in (y, expected)), rtol=tolerance, atol=tolerance
         )
-    operations = [node.op for node in frozen_nodes]
     assert marks(frozen_nodes, "keep") == [1, 1]
-    assert "Relu" not in operations and "Rsqrt" not in operations
+    assert not {"Relu", "Rsqrt"} & needed(frozen_nodes)
     model.set_weights([0 * weight for weight in model.get_weights()])
     np.testing.assert_array_equal(frozen(x), y)
 
@@ -117,11 +124,9 @@ class Node:
         self.variable = tf.Variable(kernel)
         self.variable.assign_add(0 * kernel)  # now it has a buffer of its own
 
-        name = "FastsepconvPointwise"
-
         @tf.function
         def graph(x):
-            return tensorflow_ops._apply_in_graph(name, [x, self.variable, []], ("keep", 1, "relu", 0))[0]
+            return add_node("Pointwise", x, self.variable, keep=1)
 
         self.graph = graph
 
@@ -170,7 +175,7 @@ def test_only_constants_are_marked():
         x, fed = (tf.compat.v1.placeholder(tf.float32, (1, 5, 5, 4)), tf.compat.v1.placeholder(tf.float32, (4, 3)))
         constant = tf.constant(np.ones((4, 3)))
         for kernel in (fed, tf.identity(fed), constant, tf.cast(tf.identity(constant), tf.float32), 2 * constant):
-            tensorflow_ops._apply_in_graph("FastsepconvPointwise", [x, tf.cast(kernel, tf.float32), []], ATTRIBUTES)
+            add_node("Pointwise", x, tf.cast(kernel, tf.float32))
     nodes = graph.as_graph_def().node
     tensorflow_freeze._keep_constants(nodes)
     assert marks(nodes, "keep") == [0, 0, 1, 1, 0]
@@ -180,7 +185,7 @@ def test_a_relu_is_taken_in_where_nothing_else_reads_what_it_reads():
     graph = tf.Graph()
     with graph.as_default():
         x, kernel = tf.compat.v1.placeholder(tf.float32, (1, 5, 5, 4)), tf.ones((4, 3))
-        y = [tensorflow_ops._apply_in_graph("FastsepconvPointwise", [x, kernel, []], ATTRIBUTES)[0] for _ in range(3)]
+        y = [add_node("Pointwise", x, kernel) for _ in range(3)]
         tf.nn.relu(y[0])
         tf.nn.relu(y[1]), tf.abs(y[1])
         tf.nn.relu(tf.abs(y[2]))
@@ -188,6 +193,165 @@ def test_a_relu_is_taken_in_where_nothing_else_reads_what_it_reads():
     tensorflow_freeze._take_in_relus(nodes)
     assert marks(nodes, "relu") == [1, 0, 0]
     assert [node.op for node in nodes].count("Relu") == 2
+
+
+def test_a_relu_of_x_is_taken_in_where_nothing_else_reads_it():
+    graph = tf.Graph()
+    with graph.as_default():
+        x, kernels = tf.compat.v1.placeholder(tf.float64, (1, 5, 5, 4)), (tf.ones((3, 3, 4, 1)), tf.ones((4, 3)))
+        both, shared, product, rounded = (tf.nn.relu(x, name=name) for name in ("both", "shared", "product", "rounded"))
+        ours = [tf.cast(tf.identity(each), tf.float32) for each in (both, both, shared, rounded)]
+        add_node("Separable", ours[0], *kernels), add_node("Depthwise", ours[1], kernels[0])
+        add_node("Separable", ours[2], *kernels), tf.abs(shared)
+        add_node("Pointwise", tf.cast(product, tf.float32), kernels[1])
+        add_node("Separable", ours[3], *kernels), tf.abs(ours[3])
+    nodes = graph.as_graph_def().node
+    tensorflow_freeze._take_in_relus_of_x(nodes)
+    assert marks(nodes, "relu_x") == [1, 1, 0, 0]
+    readers = [name for node in nodes for name in node.input]
+    assert [readers.count(name) for name in ("both", "shared", "product", "rounded")] == [0, 2, 1, 1]
+
+
+def test_a_sum_is_taken_in_where_nothing_else_reads_a_summand_and_sizes_are_equal():
+    taken = {}
+    graph = tf.Graph()
+    with graph.as_default():
+        kernel = tf.ones((4, 4))
+
+        def case(
+            name, shape=(None, 5, 5, 4), other=(None, 5, 5, 4), change=tf.identity, dtype=tf.float32, **attributes
+        ):
+            x = tf.compat.v1.placeholder(tf.float32, shape)
+            y = add_node("Pointwise", x, kernel, **attributes)
+            y.set_shape(shape)
+            taken[name] = y.op.name
+            return tf.add(change(tf.cast(y, dtype)), tf.compat.v1.placeholder(dtype, other)), y
+
+        case("first"), case("identity", change=lambda y: tf.identity(tf.identity(y)))
+        case("broadcast", other=(None, 1, 5, 4)), case("unknown", (None, None, 5, 4), (None, None, 5, 4))
+        case("one of a batch", other=(1, 5, 5, 4)), case("rounded", dtype=tf.bfloat16), case("after a ReLU", relu=1)
+        tf.abs(case("read twice")[1])
+        tf.add(tf.compat.v1.placeholder(tf.float32, (None, 5, 5, 4)), case("second")[0])
+    nodes = graph.as_graph_def().node
+    named = {node.name: node for node in nodes}
+    tensorflow_freeze._take_in_sums(nodes, lambda name: tensorflow_freeze._static_shape(graph, name, one_batch=True))
+    found = {name for name, node in taken.items() if named[node].attr["residuals"].i}
+    assert found == {"first", "identity", "second"}
+    assert all(len(named[taken[name]].input) == (3 if name in found else 2) for name in taken)
+    fixed = tensorflow_freeze._static_shape(graph, taken["first"], one_batch=False)
+    assert fixed.as_list() == [] == tensorflow_freeze._static_shape(graph, "no such node", True).as_list()
+
+
+def residual_model(dtype: str, second_input: bool = False) -> keras.Model:
+    """ReLUs before and behind layers, sums behind them, shortcuts: what Xception has, in either order."""
+
+    def made(kind, *arguments, **named):
+        return kind(*arguments, dtype=dtype, **named)
+
+    conv, norm, relu, add = keras.layers.Conv2D, keras.layers.BatchNormalization, keras.layers.ReLU, keras.layers.Add
+    separable = FastSeparableConv2D
+    x = keras.Input((9, 8, 6))
+    inputs = [x, keras.Input((9, 8, 6))] if second_input else x
+    y = made(relu)(made(norm)(made(conv, 12, 3, padding="same", use_bias=False)(inputs[1] if second_input else x)))
+    shortcut = made(norm)(made(conv, 12, 1, padding="same", use_bias=False)(x))
+    y = made(add)([made(separable, 12, 3, padding="same")(y), shortcut])
+    for order in ("depthwise_pointwise", "pointwise_depthwise"):
+        z = made(separable, 12, 3, padding="same", use_bias=False, order=order)(made(relu)(y))
+        y = made(add)([y, made(norm)(z)])
+    z = made(separable, 20, 3, padding="same")(made(relu)(y))
+    z = made(keras.layers.MaxPooling2D, 3, 2, "same")(z)
+    return keras.Model(inputs, made(add)([z, made(conv, 20, 1, strides=2, activation="tanh")(y)]))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "mixed_float16"])
+def test_a_model_of_residual_blocks(dtype, rng, frozen_nodes):
+    model = residual_model(dtype)
+    model.set_weights(
+        [rng.uniform(0.2, 0.5, w.shape) * rng.choice([1, 1, 1, -1], w.shape) for w in model.get_weights()]
+    )
+    for norm in model.layers:
+        if isinstance(norm, keras.layers.BatchNormalization):
+            norm.moving_variance.assign(rng.uniform(0.5, 2.0, norm.moving_variance.shape))
+    frozen, x = fastsepconv.freeze(model), rng.standard_normal((3, 9, 8, 6))
+    for batch in (3, 1):
+        y, expected = (np.float64(call(x[:batch])) for call in (frozen, model))
+        tolerance = {"float32": 1e-5, "float64": 1e-13, "mixed_float16": 0.01}[dtype]
+        np.testing.assert_allclose(y, expected, rtol=tolerance, atol=tolerance * np.abs(expected).max())
+    if dtype == "mixed_float16":  # sums of halves are rounded to halves: TensorFlow adds them
+        assert sum(marks(frozen_nodes, "residuals")) == 0 and sum(marks(frozen_nodes, "relu_x")) == 3
+        return
+    # Of the sums, that behind the depthwise step of the other order stays, and the last, behind a tanh; of the ReLUs
+    # that before its pointwise step.
+    assert sum(marks(frozen_nodes, "residuals")) == 2
+    assert sum(marks(frozen_nodes, "relu_x")) == 3
+    assert len(marks(frozen_nodes, "keep")) == 6
+    assert "Rsqrt" not in needed(frozen_nodes)
+
+
+def test_batches_of_two_inputs_may_be_broadcast(rng):
+    model = residual_model("float32", second_input=True)
+    x = [rng.standard_normal((batch, 9, 8, 6)).astype("float32") for batch in (3, 1)]
+    np.testing.assert_allclose(fastsepconv.freeze(model)(*x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 5, 3), (2, 5, 5, 1), (2, 5, 3), (2, 3, 5, 5)], ids=str)
+@pytest.mark.parametrize("kind", ["Pointwise", "Separable"])
+def test_a_residual_of_another_shape_is_refused(kind, shape):
+    @tf.function(autograph=False)
+    def graph(x, residual):
+        kernels = [tf.ones((3, 3, 4, 1))] if kind == "Separable" else []
+        return add_node(kind, x, *kernels, tf.ones((4, 3)), bias=[tf.ones(3)], residual=[residual])
+
+    x = tf.ones((2, 5, 5, 4))
+    assert graph(x, tf.ones((2, 5, 5, 3))).shape == (2, 5, 5, 3)
+    with pytest.raises(tf.errors.InvalidArgumentError, match=r"`residual`\. Expected shape \(2, 5, 5, 3\)"):
+        graph(x, tf.ones(shape))
+
+
+def test_there_are_no_gradients(rng):
+    x = tf.constant(rng.standard_normal((1, 9, 8, 6)), "float32")
+    frozen = fastsepconv.freeze(small())
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        y = frozen(x)
+    assert tape.gradient(y, x) is None
+    with tf.Graph().as_default():
+        x = tf.compat.v1.placeholder(tf.float32, (1, 5, 5, 4))
+        y = add_node("Pointwise", x, tf.ones((4, 3)), relu=1)
+        with pytest.raises(LookupError, match="A frozen model has no gradients"):
+            tf.gradients(y, x)
+
+
+POINTWISE = [
+    {},
+    {"strides": 2},
+    {"strides": (1, 3), "padding": "same"},
+    {"use_bias": False, "activation": "relu"},
+    {"strides": 2, "activation": "gelu", "dilation_rate": 1},
+]
+OTHERS = [
+    {"groups": 2},
+    {"kernel_size": (1, 2)},
+    {"dtype": "mixed_bfloat16"},
+    {"kernel_size": 3, "strides": 2, "padding": "same", "groups": 4},
+]
+
+
+@pytest.mark.parametrize("arguments", [*POINTWISE, *OTHERS], ids=str)
+@pytest.mark.parametrize("with_norm", [False, True])
+def test_convolutions_of_one_pixel_are_computed_here(with_norm, arguments, rng, frozen_nodes):
+    layers = [keras.layers.Conv2D(**{"filters": 8, "kernel_size": 1} | arguments)]
+    layers += [keras.layers.BatchNormalization(dtype=arguments.get("dtype"))] if with_norm else []
+    model = keras.Sequential([keras.Input((7, 8, 12)), *layers])
+    model.set_weights(
+        [rng.uniform(0.5, 1.5, weight.shape) - 0.7 * (weight.ndim == 4) for weight in model.get_weights()]
+    )
+    x = rng.standard_normal((2, 7, 8, 12)).astype("float32")
+    y, expected = (np.float64(call(x)) for call in (fastsepconv.freeze(model), model))
+    tolerance = 2.0**-6 if "dtype" in arguments else 1e-5
+    np.testing.assert_allclose(y, expected, rtol=tolerance, atol=tolerance * np.abs(expected).max())
+    assert len(marks(frozen_nodes, "keep")) == (arguments in POINTWISE)
+    assert ("Rsqrt" in needed(frozen_nodes)) == (with_norm and "activation" in arguments)
 
 
 def functional(rng, **changes):

@@ -13,10 +13,11 @@ import pytest
 import tensorflow as tf
 
 from fastsepconv.bridge import tensorflow as bridge
-from fastsepconv.bridge import tensorflow_kernels, tensorflow_ops, tensorflow_state
+from fastsepconv.bridge import tensorflow_kernels, tensorflow_state
+from fastsepconv.bridge.static_shapes import by_name
 from fastsepconv.kernels.geometry import resolve
 
-from .cases import KINDS, WINDOWS, gradients, operands, window_of
+from .cases import KINDS, WINDOWS, add_node, gradients, operands, window_of
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -66,19 +67,15 @@ def test_static_shapes_are_those_that_come_out(rng):
 )
 def test_shape_function_of_the_op_alone(kind, kernels, expected):
     """What TensorFlow works out by itself where a graph is imported."""
-    attributes = () if kind == "Pointwise" else bridge._window(1, "valid", 1)
-    attributes += ("relu", 0) if kind == "Depthwise" else ("keep", 0, "relu", 0)
+    window = {} if kind == "Pointwise" else by_name(bridge._window(1, "valid", 1))
     with tf.Graph().as_default():
         inputs = [tf.compat.v1.placeholder(tf.float32, shape) for shape in [(2, 6, 7, 5), *kernels]]
-        (y,) = tensorflow_ops._apply_in_graph(f"Fastsepconv{kind}", [*inputs, []], attributes)
+        y = add_node(kind, *inputs, **window)
         assert y.shape.as_list() == expected
-        y = tensorflow_ops._apply_in_graph(
-            f"Fastsepconv{kind}", [tf.compat.v1.placeholder(tf.float32), *inputs[1:], []], attributes
-        )[0]
+        y = add_node(kind, tf.compat.v1.placeholder(tf.float32), *inputs[1:], **window)
         assert y.shape.rank == 4
         with pytest.raises(ValueError, match="rank 4"):
-            bad = [tf.compat.v1.placeholder(tf.float32, (2, 6, 5)), *inputs[1:], []]
-            tensorflow_ops._apply_in_graph(f"Fastsepconv{kind}", bad, attributes)
+            add_node(kind, tf.compat.v1.placeholder(tf.float32, (2, 6, 5)), *inputs[1:], **window)
 
 
 def test_sizes_at_run_time_are_those_of_geometry():
