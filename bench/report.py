@@ -12,12 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from . import results
-from .providers import PROVIDERS
+from .providers import PROVIDERS, Entry
 from .race import DISTURBED
 from .results import groups, share_of_peak, title
 from .stats import geometric_mean
 
 LOSSES_IN_README = 12
+FROZEN = "fastsepconv-frozen"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
 
@@ -44,7 +45,7 @@ def _verdict(label: str, entry: dict) -> str:
     if "times_baseline" not in entry:
         return ""
     against = entry["times_baseline"]
-    note = "  apart" if PROVIDERS[label.split("#")[0]].apart else "  LOSS" if against["ratio"] < 1 else ""
+    note = "  apart" if _provider(label).apart else "  LOSS" if against["ratio"] < 1 else ""
     return f"  {against['ratio']:.2f}x ({against['q25']:.2f} - {against['q75']:.2f}){note}"
 
 
@@ -74,12 +75,12 @@ def rivals(records: list[dict]) -> list[str]:
 
 
 def _is_rival(label: str, entry: dict) -> bool:
-    return "times_baseline" in entry and not PROVIDERS[label.split("#")[0]].apart
+    return "times_baseline" in entry and not _provider(label).apart
 
 
 def markdown(run: dict) -> str:
     """The README's part: the machine, the geometric means, the networks, the instrument, the losses."""
-    tables = _summary_table(run), _networks_table(run)
+    tables = _summary_table(run), _networks_table(run), _constants_table(run)
     parts = [_machine_line(run), *tables, _instrument_line(run), _losses(run, most=LOSSES_IN_README)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -93,7 +94,7 @@ def details(run: dict) -> str:
         labels = list(dict.fromkeys(label for record in records for label in _timed(record)))
         rows = [[_shape(record), *(_cell(record, label, run) for label in labels)] for record in records]
         parts.append(f"## {name}\n\n" + table(["problem", *map(title, labels)], rows))
-    parts += [_networks_table(run), _instrument_line(run), _losses(run)]
+    parts += [_networks_table(run), _constants_table(run), _instrument_line(run), _losses(run)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -163,6 +164,25 @@ def _networks_table(run: dict) -> str:
     return table(["whole networks", *map(title, labels)], rows)
 
 
+def _constants_table(run: dict) -> str:
+    """`freeze` against the others whose weights are constants: how many times longer they take; a loss is bold."""
+    records = [record for record in run["problems"] if record["op"] == "network" and FROZEN in _timed(record)]
+    timed = list(dict.fromkeys(label for record in records for label in _timed(record)))
+    labels = [label for label in timed if _provider(label).inference_only and not _provider(label).apart]
+    if not labels:
+        return ""
+    rows = []
+    for record in records:
+        ours = record["providers"][FROZEN]["seconds"]["median"]
+        row = [_problem_title(record), f"{_ms(ours)} ms"]
+        for label in labels:
+            theirs = record["providers"].get(label, {}).get("seconds")
+            ratio = f"{theirs['median'] / ours:.2f}x" if theirs else "-"
+            row.append(f"**{ratio}**" if theirs and theirs["median"] < ours else ratio)
+        rows.append(row)
+    return table(["weights constant", title(FROZEN), *(f"x {title(label)}" for label in labels)], rows)
+
+
 def _losses(run: dict, most: int | None = None) -> str:
     """The problems in which somebody beats the baseline, the worst first: all, or `most` of them and how many."""
     found = [
@@ -208,6 +228,10 @@ def _cell(record: dict, label: str, run: dict) -> str:
     ratio = f"{entry['times_baseline']['ratio']:.2f}x"
     lost = _is_rival(label, entry) and entry["times_baseline"]["ratio"] < 1
     return f"{time}, **{ratio}**" if lost else f"{time}, {ratio}"
+
+
+def _provider(label: str) -> Entry:
+    return PROVIDERS[label.split("#")[0]]  # one that is raced against itself has a number
 
 
 def _timed(record: dict) -> list[str]:

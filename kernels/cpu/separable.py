@@ -34,23 +34,9 @@ STRIPS_AT_ONCE = 16  # of mid, from being computed to being packed: they are sti
 
 @parallel_kernel
 def _forward(
-    dtype,
-    worker,
-    workers,
-    g,
-    filters,
-    x,
-    x_low,
-    depthwise,
-    pointwise,
-    panels,
-    start,
-    residual_offset,
-    y,
-    low,
-    high,
+    dtype, worker, workers, g, filters, x, x_low, depthwise, pointwise, panels, start, residual_offset, y, low, high,
     lacking,
-):
+):  # fmt: skip
     """A worker's share of y: the depthwise step fills a block in L2, the pointwise step empties it.
 
     Parallel over: output pixels; where these are few, panels of filters too.
@@ -86,15 +72,17 @@ def _forward_single(dtype, g, filters, x, x_low, depthwise, pointwise, kept, bia
     """Fills y; says whether there was memory. Assumes: g.multiplier is 1."""
     pixels, depth = g.batch * g.out_height * g.out_width, g.channels
     zeros, lacking = np.zeros(filters, dtype), np.zeros(1, np.intp)
-    start, offset = bias if bias != 0 else address(zeros), residual - y if residual != 0 else 0
+    start = bias if bias != 0 else address(zeros)
+    residual_offset = residual - y if residual != 0 else 0
     packed = try_take(dtype, gemm.shared_length(dtype, pixels, depth, filters, filters, 1, kept, threads))
     if packed == 0:
         return False
     panels = gemm.shared_panels(dtype, pixels, depth, filters, pointwise, filters, 1, kept, packed, threads)
     shares = gemm.shares(pixels, threads, panels != 0)
     _forward(
-        dtype, shares, g, filters, x, x_low, depthwise, pointwise, panels, start, offset, y, low, high, address(lacking)
-    )
+        dtype, shares, g, filters, x, x_low, depthwise, pointwise, panels, start, residual_offset, y, low, high,
+        address(lacking),
+    )  # fmt: skip
     keep(zeros)
     give(packed)
     return lacking[0] == 0

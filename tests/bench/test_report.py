@@ -85,6 +85,17 @@ def test_the_array_functions_take_no_part_in_ratios(run):
     assert "fastsepconv, NumPy arrays" in report.details(run)
 
 
+def test_freeze_is_set_against_those_whose_weights_are_constants_too(run):
+    assert "weights constant" not in report.markdown(run)
+    prediction = network() | {"mode": "predict", "name": "tutorial-network/batch64/predict"}
+    others = {"onnxruntime": timed(250.0, 100.0, 0.8), "openvino": timed(150.0, 100.0, 0.5)}
+    prediction["providers"] |= others | {"fastsepconv-frozen": timed(200.0, 100.0, 0.67)}
+    run["problems"].append(prediction)
+    for text in (report.markdown(run), report.details(run)):
+        assert "| weights constant | fastsepconv.freeze | x ONNX Runtime | x OpenVINO |" in text
+        assert "| tutorial-network batch64 predict | 200 ms | 1.25x | **0.75x** |" in text
+
+
 def test_details_have_every_problem_with_its_times_and_refusals(run):
     text = report.details(run)
     assert "| 19x19x728-728 (x25) | 1.00 ms, 80 % | 1.60 ms, 1.60x | 0.500 ms, 0.50x |" in text
