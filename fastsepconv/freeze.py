@@ -20,10 +20,11 @@ Pair = tuple[keras.Layer, keras.layers.BatchNormalization]
 def freeze(model: keras.Model) -> Callable[..., Any]:
     """The model for prediction, with its weights as they are now.
 
-    Batch normalisation that follows a convolution becomes part of its weights; with this package's layers, a ReLU
-    before or after one, and what is added to its result, become part of its kernel. Convolutions of one pixel are
-    computed by this package's kernels too. Each pointwise kernel is packed at the first run and kept: as much memory
-    again as those kernels. TensorFlow folds what else it can. Later changes of the model do not show.
+    Batch normalisation that follows a convolution becomes part of its weights, a ReLU before or behind one of this
+    package's layers part of its kernel. So does, on the CPU in float32 and float64, what is added to the result of a
+    layer that ends in a pointwise step, where image sizes are known; and this package's kernels compute 1x1
+    convolutions. Each pointwise kernel is packed at the first run and kept: as much memory again as those kernels.
+    TensorFlow folds what else it can. Later changes of the model do not show.
 
     Args:
         model: any built Functional or Sequential model, on Keras with TensorFlow. It is left as it is.
@@ -31,7 +32,7 @@ def freeze(model: keras.Model) -> Callable[..., Any]:
     Returns:
         A function of the model's inputs, tensors or arrays of any batch size, each an argument, in the order of
         `model.inputs`. What it returns is that of `model(inputs, training=False)`, but for rounding. Gradients do
-        not pass it.
+        not pass it: those of a tape are None.
 
     Raises:
         TypeError: `model` is no Keras model.
@@ -67,7 +68,7 @@ class _Folded(keras.layers.BatchNormalization):
 
 
 class _Pointwise(keras.layers.Conv2D):
-    """A convolution of one pixel, strided or not, by this package's kernels."""
+    """A 1x1 convolution, strided or not, by this package's kernels."""
 
     def call(self, inputs: Any) -> Any:
         from .bridge import tensorflow as bridge
@@ -90,13 +91,18 @@ def _is_pointwise(layer: keras.Layer) -> bool:
 
 def _foldable(model: keras.Model) -> Iterator[Pair]:
     """Each linear convolution that nothing reads but one batch normalisation over its channels, and that one."""
-    outputs = {id(tensor) for part in layers_of(model) for tensor in getattr(part, "outputs", None) or ()}
-    for norm in layers_of(model):
+    parts = layers_of(model)
+    # What a layer holds, as a wrapper does, it may call in ways that no graph of layers shows.
+    held = {
+        id(part) for each in parts if not isinstance(each, keras.Sequential | keras.Function) for part in each._layers
+    }
+    outputs = {id(tensor) for part in parts for tensor in getattr(part, "outputs", None) or ()}
+    for norm in parts:
         if type(norm) is not keras.layers.BatchNormalization or len(norm._inbound_nodes) != 1:
             continue
         tensor, *_ = norm._inbound_nodes[0].input_tensors  # a mask counts in training alone
         layer = tensor._keras_history.operation
-        if type(layer) not in FOLDED or id(tensor) in outputs:
+        if type(layer) not in FOLDED or id(tensor) in outputs or {id(layer), id(norm)} & held:
             continue
         read_once = len(layer._inbound_nodes) == 1 and len(layer._outbound_nodes) == 1
         axis = norm.axis % len(tensor.shape)

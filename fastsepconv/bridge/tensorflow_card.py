@@ -83,7 +83,7 @@ def register(api: CApi) -> None:
 
 def takes(x: tf.Tensor) -> bool:
     """Whether an op on x, run or built now, runs on a card: x is there; in a graph, nothing has put it elsewhere."""
-    if not serves():
+    if not _serves():
         return False
     if eager_context.executing_eagerly():
         return _kind(x.device) == registration.CARD
@@ -95,14 +95,14 @@ def placement(x: tf.Tensor) -> AbstractContextManager:
 
     Where a backend of the CPU was set, the CPU. Else the device that x is on, which in a graph TensorFlow decides.
     """
-    if not serves():
+    if not _serves():
         return _ANYWHERE
     if dispatch.get_backend() not in ("auto", "cuda"):
         return tf.device(f"/device:{registration.HOST}:0")
     return tf.device(x.device) if eager_context.executing_eagerly() else _ANYWHERE
 
 
-def serves() -> bool:
+def _serves() -> bool:
     """Whether kernels for a card are registered, and the user has left TensorFlow one."""
     return bool(_apis) and bool(tf.config.list_logical_devices(registration.CARD))
 

@@ -13,38 +13,36 @@ from tensorflow.python.framework.convert_to_constants import convert_variables_t
 
 from .. import checks
 from . import tensorflow as bridge
-from . import tensorflow_card
-from .tensorflow_registration import DEFINITIONS
+from .tensorflow_registration import CARD, DEFINITIONS
 
-ShapeOf = Callable[[str], tf.TensorShape]
+ShapeOf = Callable[[str], list[int] | None]
 
-_PASSED_ON = ("Identity", "Cast")  # what may stand between a node and the one that its values come from
+_A_BATCH = 97  # of images, and one more for each further input, for sizes that only equal batches have in common
 
 
 def for_cpu_kernels() -> bool:
     """Whether a graph that is built now runs on the CPU's kernels: those for a card add no residuals, for one."""
     way = bridge.status()
-    return (way["path"], way["backend"]) == ("c-api", "cpu") and not tensorflow_card.serves()
+    return (way["path"], way["backend"]) == ("c-api", "cpu") and not tf.config.list_logical_devices(CARD)
 
 
 def as_constants(model: keras.Model) -> Callable[..., Any]:
     """A function of the inputs of a built model, as `freeze` returns it."""
 
-    @tf.function(autograph=False)
     def graph(*tensors: tf.Tensor) -> Any:
         sequential = isinstance(model, keras.Sequential)
         inputs = tensors[0] if sequential else keras.tree.pack_sequence_as(model.input, tensors)
         return model(inputs, training=False)
 
     specs = [tf.TensorSpec(each.shape, each.dtype, name=f"input_{i}") for i, each in enumerate(model.inputs)]
-    concrete = graph.get_concrete_function(*specs)
+    concrete = tf.function(graph, autograph=False).get_concrete_function(*specs)
     _, definition = convert_variables_to_constants_v2_as_graph(concrete)
     for nodes in (definition.node, *(function.node_def for function in definition.library.function)):
         _keep_constants(nodes)
     # Not in functions, whose results nobody counts as read.
     fuses = for_cpu_kernels()
     if fuses:
-        _take_in_sums(definition.node, lambda name: _static_shape(concrete.graph, name, one_batch=len(specs) == 1))
+        _take_in_sums(definition.node, _shapes_of(graph, specs))
     _take_in_relus(definition.node)
     if fuses:
         _take_in_relus_of_x(definition.node)
@@ -71,17 +69,28 @@ def _keep_constants(nodes: Sequence[NodeDef]) -> None:
             node.attr["keep"].i = int(_is_constant(kernel, named))
 
 
-def _static_shape(graph: tf.Graph, name: str, one_batch: bool) -> tf.TensorShape:
-    """The shape of a tensor of `graph`; that of a scalar where sizes are not known.
+def _shapes_of(function: Callable, specs: Sequence[tf.TensorSpec]) -> ShapeOf:
+    """Tells the shape that a tensor of `function`'s graph has for some batch; None where it is not known.
 
-    The size of the batch need not be, where there is but `one_batch`.
+    The sizes of two batches that are unknown may differ, and be broadcast: a batch of a size of its own tells.
     """
+    sized = [
+        tf.TensorSpec([_A_BATCH + i, *spec.shape[1:]], spec.dtype, spec.name) if spec.shape.rank else spec
+        for i, spec in enumerate(specs)
+    ]
     try:
-        shape = graph.get_tensor_by_name(name if ":" in name else f"{name}:0").shape
-    except (KeyError, ValueError):
-        return tf.TensorShape([])
-    known = shape.rank and shape[1 if one_batch else 0 :].is_fully_defined()
-    return shape if known else tf.TensorShape([])
+        graph = tf.function(function, autograph=False).get_concrete_function(*sized).graph
+    except Exception:  # such a batch cannot be computed, for whatever reason the model has
+        return lambda name: None
+
+    def shape_of(name: str) -> list[int] | None:
+        try:
+            shape = graph.get_tensor_by_name(name if ":" in name else f"{name}:0").shape
+        except (KeyError, ValueError):
+            return None
+        return shape.as_list() if shape.is_fully_defined() else None
+
+    return shape_of
 
 
 def _take_in_sums(nodes: Sequence[NodeDef], shape_of: ShapeOf) -> None:
@@ -90,8 +99,8 @@ def _take_in_sums(nodes: Sequence[NodeDef], shape_of: ShapeOf) -> None:
     for node in nodes:
         if node.op not in ("Add", "AddV2") or len(node.input) != 2:
             continue
-        shape, other_shape = (shape_of(name) for name in node.input)
-        if shape.rank != 4 or shape.as_list() != other_shape.as_list():
+        shape, other_shape = map(shape_of, node.input)
+        if shape is None or shape != other_shape:
             continue
         for name, residual in (node.input, reversed(node.input)):
             passed, source = _origin(name, named)
@@ -159,10 +168,16 @@ def _is_constant(name: str, named: dict[str, NodeDef]) -> bool:
     return source is not None and source.op == "Const"
 
 
+def _passes_on(node: NodeDef) -> bool:
+    """Whether a node has the values of its input, as they are or rounded: a ReLU may change places with it."""
+    floating = all(tf.as_dtype(node.attr[side].type).is_floating for side in ("SrcT", "DstT") if node.op == "Cast")
+    return node.op == "Identity" or (node.op == "Cast" and floating)
+
+
 def _origin(name: str, named: dict[str, NodeDef]) -> tuple[list[NodeDef], NodeDef | None]:
     """What a tensor passes through, and the node that it comes from; None where that is an argument."""
     passed, node = [], named.get(name.partition(":")[0])
-    while node is not None and node.op in _PASSED_ON:
+    while node is not None and _passes_on(node):
         passed.append(node)
         node = named.get(node.input[0].partition(":")[0])
     return passed, node

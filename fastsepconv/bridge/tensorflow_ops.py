@@ -30,6 +30,7 @@ def forward(kind: str, operands: Sequence[tf.Tensor], bias: tf.Tensor | None, at
         return _apply(name, inputs, attributes)[0]
     shapes = [static_shape(operand) for operand in operands]
     shape = output_shape(shapes, None if bias is None else static_shape(bias), by_name(attributes))
+    # An op in a graph takes no defaults; `tensorflow_freeze` sets these later.
     unset = definition.attributes.keys() & FROZEN - set(definition.lists)
     (y,) = _apply_in_graph(name, inputs, attributes + tuple(part for attribute in unset for part in (attribute, 0)))
     y.set_shape(shape)

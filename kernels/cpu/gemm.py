@@ -210,7 +210,7 @@ def multiply_block(
 ):  # fmt: skip
     """Filters f_first..f_last of y for a block of rows; y is the address of its first row.
 
-    The residual lies `residual_offset` bytes behind y; there is none where that is 0.
+    The residual is at y + residual_offset, in bytes; there is none where that is 0.
 
     The kernel lies in packed `panels`, or is packed into `own`, which has room for one, as it is used. Meanwhile the
     `ahead_length` elements at `ahead` are brought into L2.

@@ -44,7 +44,7 @@ def gemm_tile(
     """c[i*c_row + j] = clamp(sum over k < depth of a[i*a_row + k*a_step] * b[k*b_step + j]
                            + start[i*start_row + j] + residual[i*c_row + j])
 
-    for i < rows, j < columns. The residual lies `residual_offset` bytes behind c; there is none where that is 0.
+    for i < rows, j < columns. The residual is at c + residual_offset, in bytes; there is none where that is 0.
     `tile_rows` is one of GEMM_ROWS, at least `rows`; `columns` is at most `vectors*lanes`.
     All `tile_rows` rows of a and all `vectors*lanes` columns of b are read, whatever `rows` and `columns` are.
     Meanwhile b is copied into the packed `panel`, if that is not 0, and one cache line every ASK_STEP k is asked for in
@@ -292,12 +292,12 @@ def _advance(emit: Vectors, a_rows, step) -> None:
         emit.builder.store(_opaque(emit.builder, emit.at(emit.builder.load(slot), step)), slot)
 
 
-def _add_rows(emit: Vectors, tile, masks, rows, start, start_row) -> None:
-    """Adds rows that lie `start_row` apart to the tile. One past the end gets the last one's: it is never stored."""
+def _add_rows(emit: Vectors, tile, masks, rows, source, source_row) -> None:
+    """Adds rows that lie `source_row` apart to the tile. One past the end gets the last one's: it is never stored."""
     builder, last = emit.builder, emit.builder.sub(rows, index(1))
     for i, row in enumerate(tile):
         inside = builder.select(builder.icmp_signed("<", index(i), rows), index(i), last)
-        line = emit.at(emit.pointer(start), builder.mul(inside, start_row))
+        line = emit.at(emit.pointer(source), builder.mul(inside, source_row))
         for value, register in zip(emit.load_span(line, masks), row, strict=True):
             builder.store(builder.fadd(builder.load(register), value), register)
         emit.in_order(row)

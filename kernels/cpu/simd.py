@@ -139,7 +139,7 @@ class Vectors:
         return self.builder.or_(below, self.builder.fcmp_ordered("!=", high, infinity))
 
     def at_least(self, low, value):
-        """max(low, value) with a NaN left alone."""
+        """max(low, value), where a NaN of the value stays one."""
         return self.builder.select(self.builder.fcmp_ordered(">", low, value), low, value)
 
     def clamp(self, value, low, high):

@@ -54,7 +54,7 @@ def test_what_is_asked_of_the_driver(toolkit):
 @pytest.fixture
 def beside_a_card(monkeypatch):
     """As if the ops' kernels for a card were registered, and there were one."""
-    monkeypatch.setattr(tensorflow_card, "serves", lambda: True)
+    monkeypatch.setattr(tensorflow_card, "_serves", lambda: True)
     monkeypatch.setattr(dispatch, "_chosen", "auto")
 
 

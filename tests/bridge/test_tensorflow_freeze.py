@@ -213,33 +213,98 @@ def test_a_relu_of_x_is_taken_in_where_nothing_else_reads_it():
 
 
 def test_a_sum_is_taken_in_where_nothing_else_reads_a_summand_and_sizes_are_equal():
-    taken = {}
+    taken, shapes = {}, {}
     graph = tf.Graph()
     with graph.as_default():
         kernel = tf.ones((4, 4))
 
-        def case(
-            name, shape=(None, 5, 5, 4), other=(None, 5, 5, 4), change=tf.identity, dtype=tf.float32, **attributes
-        ):
-            x = tf.compat.v1.placeholder(tf.float32, shape)
+        def case(name, shape=(2, 5, 5, 4), other=(2, 5, 5, 4), change=tf.identity, dtype=tf.float32, **attributes):
+            x = tf.compat.v1.placeholder(tf.float32, (None, 5, 5, 4))
             y = add_node("Pointwise", x, kernel, **attributes)
-            y.set_shape(shape)
             taken[name] = y.op.name
-            return tf.add(change(tf.cast(y, dtype)), tf.compat.v1.placeholder(dtype, other)), y
+            summands = change(tf.cast(y, dtype)), tf.compat.v1.placeholder(dtype)
+            shapes.update(zip((summand.op.name for summand in summands), (shape, other), strict=True))
+            return tf.add(*summands), y
 
         case("first"), case("identity", change=lambda y: tf.identity(tf.identity(y)))
-        case("broadcast", other=(None, 1, 5, 4)), case("unknown", (None, None, 5, 4), (None, None, 5, 4))
-        case("one of a batch", other=(1, 5, 5, 4)), case("rounded", dtype=tf.bfloat16), case("after a ReLU", relu=1)
+        case("broadcast", other=(2, 1, 5, 4)), case("unknown", None, None), case("one of a batch", other=(1, 5, 5, 4))
+        case("rounded", dtype=tf.bfloat16), case("after a ReLU", relu=1)
         tf.abs(case("read twice")[1])
-        tf.add(tf.compat.v1.placeholder(tf.float32, (None, 5, 5, 4)), case("second")[0])
+        total, other = case("second")[0], tf.compat.v1.placeholder(tf.float32)
+        shapes |= {total.op.name: (2, 5, 5, 4), other.op.name: (2, 5, 5, 4)}
+        tf.add(other, total)
     nodes = graph.as_graph_def().node
     named = {node.name: node for node in nodes}
-    tensorflow_freeze._take_in_sums(nodes, lambda name: tensorflow_freeze._static_shape(graph, name, one_batch=True))
+    tensorflow_freeze._take_in_sums(nodes, shapes.get)
     found = {name for name, node in taken.items() if named[node].attr["residuals"].i}
     assert found == {"first", "identity", "second"}
     assert all(len(named[taken[name]].input) == (3 if name in found else 2) for name in taken)
-    fixed = tensorflow_freeze._static_shape(graph, taken["first"], one_batch=False)
-    assert fixed.as_list() == [] == tensorflow_freeze._static_shape(graph, "no such node", True).as_list()
+
+
+def test_shapes_are_those_of_some_batch():
+    def function(x, z):
+        return tf.identity(x[:1], name="one"), tf.identity(x, name="all"), tf.identity(z, name="other")
+
+    specs = [tf.TensorSpec((None, 5), tf.float32), tf.TensorSpec((None, None), tf.float32)]
+    shape_of = tensorflow_freeze._shapes_of(function, specs)
+    assert shape_of("one") == [1, 5] and shape_of("all")[1:] == [5] and shape_of("all:0")[0] > 1
+    assert shape_of("other") is None and shape_of("no such node") is None
+    of_what_fails = tensorflow_freeze._shapes_of(lambda x, z: tf.reshape(x, (64, 5)), specs)
+    assert of_what_fails("all") is None
+
+
+def pictures():
+    return keras.Input((8, 8, 4)), FastSeparableConv2D(4, 3, padding="same", bias_initializer="normal")
+
+
+def one_of_a_batch_is_added():
+    x, layer = pictures()
+    return keras.Model(x, keras.layers.Add()([layer(x), keras.layers.Lambda(lambda t: t[:1])(x)]))
+
+
+def one_of_a_batch_is_convolved():
+    x, layer = pictures()
+    return keras.Model(x, keras.layers.Add()([layer(keras.layers.Lambda(lambda t: t[:1])(x)), x]))
+
+
+def a_cast_before_a_layer_changes_values():
+    x, layer = pictures()
+    return keras.Model(x, layer(keras.ops.cast(keras.ops.cast(keras.layers.ReLU()(x), "bool"), "float32")))
+
+
+def a_cast_behind_a_layer_changes_values():
+    x, layer = pictures()
+    return keras.Model(x, keras.layers.ReLU()(keras.ops.cast(keras.ops.cast(layer(x), "bool"), "float32")))
+
+
+def a_wrapper_holds_the_layer():
+    (x, _), layer = pictures(), keras.layers.Conv2D(4, 3)
+    wrapped = keras.layers.TimeDistributed(layer)(keras.ops.expand_dims(x, 1))
+    return keras.Model(x, [keras.layers.BatchNormalization()(layer(x)), wrapped])
+
+
+def a_wrapper_holds_the_normalisation():
+    (x, layer), norm = pictures(), keras.layers.BatchNormalization()
+    return keras.Model(x, [norm(layer(x)), keras.layers.TimeDistributed(norm)(keras.ops.expand_dims(x, 1))])
+
+
+TRAPS = [
+    one_of_a_batch_is_added,
+    one_of_a_batch_is_convolved,
+    a_cast_before_a_layer_changes_values,
+    a_cast_behind_a_layer_changes_values,
+    a_wrapper_holds_the_layer,
+    a_wrapper_holds_the_normalisation,
+]
+
+
+@pytest.mark.parametrize("build", TRAPS)
+def test_what_looks_as_if_it_could_be_taken_in(build, rng):
+    model = build()
+    model.set_weights([rng.uniform(0.5, 1.5, w.shape) - 0.9 * (w.ndim == 4) for w in model.get_weights()])
+    x = rng.standard_normal((3, 8, 8, 4)).astype("float32")
+    for frozen, expected in zip(*map(tf.nest.flatten, (fastsepconv.freeze(model)(x), model(x))), strict=True):
+        np.testing.assert_allclose(frozen, expected, rtol=1e-4, atol=1e-4)
 
 
 def residual_model(dtype: str, second_input: bool = False) -> keras.Model:
