@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -78,14 +79,17 @@ def _shapes_of(function: Callable, specs: Sequence[tf.TensorSpec]) -> ShapeOf:
         tf.TensorSpec([_A_BATCH + i, *spec.shape[1:]], spec.dtype, spec.name) if spec.shape.rank else spec
         for i, spec in enumerate(specs)
     ]
-    try:
-        graph = tf.function(function, autograph=False).get_concrete_function(*sized).graph
-    except Exception:  # such a batch cannot be computed, for whatever reason the model has
-        return lambda name: None
+
+    @functools.cache
+    def graph() -> tf.Graph:  # traced where the first sum is found that could be taken in
+        try:
+            return tf.function(function, autograph=False).get_concrete_function(*sized).graph
+        except Exception:  # such a batch cannot be computed, for whatever reason the model has
+            return tf.Graph()
 
     def shape_of(name: str) -> list[int] | None:
         try:
-            shape = graph.get_tensor_by_name(name if ":" in name else f"{name}:0").shape
+            shape = graph().get_tensor_by_name(name if ":" in name else f"{name}:0").shape
         except (KeyError, ValueError):
             return None
         return shape.as_list() if shape.is_fully_defined() else None
@@ -99,15 +103,13 @@ def _take_in_sums(nodes: Sequence[NodeDef], shape_of: ShapeOf) -> None:
     for node in nodes:
         if node.op not in ("Add", "AddV2") or len(node.input) != 2:
             continue
-        shape, other_shape = map(shape_of, node.input)
-        if shape is None or shape != other_shape:
-            continue
         for name, residual in (node.input, reversed(node.input)):
             passed, source = _origin(name, named)
             if source is None or "residuals" not in _attributes(source) or any(each.op == "Cast" for each in passed):
                 continue
             unset = source.attr["residuals"].i == source.attr["relu"].i == 0
-            if unset and all(readers[each.name] == 1 for each in (*passed, source)):
+            unread = all(readers[each.name] == 1 for each in (*passed, source))
+            if unset and unread and shape_of(name) is not None and shape_of(name) == shape_of(residual):
                 source.attr["residuals"].i = 1
                 source.input.insert(_operands(source) + source.attr["biases"].i, residual)
                 node.op = "Identity"
