@@ -7,6 +7,7 @@ import numpy as np
 from .kernels import reference
 
 NO_CLAMP = (-np.inf, np.inf)
+FORWARD_HALVES: frozenset[str] = frozenset()  # the half types that forward passes take
 
 
 def _forward(formula, arguments, out, clamp) -> None:

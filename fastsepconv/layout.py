@@ -1,12 +1,12 @@
 """From the caller's arrays to those that kernels take, and back: dtype, byte order, memory order, data format, `out`.
 
-Kernels take C-contiguous, aligned, channels-last arrays of one dtype, float32 or float64.
+Kernels take C-contiguous, aligned, channels-last arrays of one dtype: float32 or float64, or a half that they know.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import numpy as np
 
@@ -61,9 +61,9 @@ def common_dtype(arrays: Iterable[np.ndarray]) -> np.dtype:
     return np.dtype("float64" if np.dtype("float64") in dtypes else "float32")
 
 
-def working_dtype(dtype: np.dtype) -> np.dtype:
-    """What kernels compute in where the result has `dtype`: half types go through float32."""
-    return np.dtype("float64" if dtype == np.float64 else "float32")
+def working_dtype(dtype: np.dtype, halves: Collection[str] = ()) -> np.dtype:
+    """What kernels are handed where the result has `dtype`: half types but those of `halves` go through float32."""
+    return dtype if dtype == np.float64 or dtype.name in halves else np.dtype("float32")
 
 
 def is_half(dtype) -> bool:

@@ -5,8 +5,10 @@ Letters: N batch, H W input, P Q output, C channels, M depth multiplier, F filte
 What holds for every function here:
 
 - Arrays are anything that `numpy.asarray` takes, of dtype float16, bfloat16 (of `ml_dtypes`), float32 or float64, in
-  any memory order and byte order. Half types are computed in float32. Integers are refused with a TypeError, since
-  neither Keras nor a rounding of the result would make sense of them: convert them with `x.astype("float32")`.
+  any memory order and byte order. Half types are computed in float32; where a CPU multiplies bfloat16 by itself, it
+  does so forward, and what lies between two steps is rounded to it, as between two of Keras's layers. Integers are
+  refused with a TypeError, since neither Keras nor a rounding of the result would make sense of them: convert them with
+  `x.astype("float32")`.
 - Arrays of unlike dtypes are promoted as NumPy does (float16 with bfloat16 to float32). A gradient has the shape and
   the dtype of what it is the gradient of; `d_bias` has the promoted dtype.
 - Images are `[N,H,W,C]`, or `[N,C,H,W]` with `data_format="channels_first"`. N may be 0, no other
@@ -261,7 +263,7 @@ def _forward(operation, arrays, data_format, activation, backend, out) -> np.nda
         checks.shape("bias", arrays["bias"], shape[-1:], "one value for each of the output's channels")
     if out is not None:
         checks.output(out, layout.shape_in(data_format, shape), dtype)
-    working = layout.working_dtype(dtype)
+    working = layout.working_dtype(dtype, kernels.FORWARD_HALVES if function is None else ())
     arrays = layout.for_kernels(arrays, working)
     room = None if out is None else layout.room_in(out, data_format, working, arrays.values())
     y = layout.empty(shape, working) if room is None else room

@@ -9,6 +9,10 @@ TARGETS = {
         "NUMBA_CPU_NAME": "skylake-avx512",
         "NUMBA_CPU_FEATURES": "+avx,+avx2,+fma,+avx512f,+avx512vl,+avx512bw,+avx512dq,+avx512cd",
     },
+    "bfloat16": {
+        "NUMBA_CPU_NAME": "cooperlake",
+        "NUMBA_CPU_FEATURES": "+avx,+avx2,+fma,+avx512f,+avx512vl,+avx512bw,+avx512dq,+avx512cd,+avx512bf16",
+    },
     "avx2": {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx,+avx2,+fma"},  # a name alone keeps AVX-512
     "portable": {"FASTSEPCONV_TILE": "portable"},
 }

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import fastsepconv
+from fastsepconv.kernels import cpu
 
 from .tolerances import assert_close
 
@@ -42,11 +43,13 @@ def in_float64(arrays):
 
 @pytest.mark.parametrize("half", HALF.values(), ids=HALF.keys())
 @pytest.mark.parametrize("activation", [None, "relu6", "gelu"])
-def test_half_types_are_computed_in_float32_and_rounded_once(arrays, backend, half, activation):
+def test_half_types_are_computed_in_float32_and_rounded(arrays, backend, half, activation):
+    """Once; where a CPU multiplies bfloat16, between the two steps as well: an error of what relu6 then cuts off."""
     arrays = {name: array.astype(half) for name, array in arrays.items()}
     y = forward(arrays, backend=backend, activation=activation)
     assert y.dtype == half
-    assert_close("y", y, forward(in_float64(arrays), backend="reference", activation=activation))
+    roundings = 2 if backend == "cpu" and half is HALF["bfloat16"] and cpu.FORWARD_HALVES else 1
+    assert_close("y", y, forward(in_float64(arrays), backend="reference", activation=activation), roundings)
     exact = backward(in_float64(arrays), y.astype("float64"), backend="reference")
     for name, ours, truth in zip((*arrays, "bias"), backward(arrays, y, backend=backend), exact, strict=False):
         assert ours.dtype == half

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 # Largest error allowed in a tensor, as a share of its largest true value. The half types are computed in float32,
-# so that their one rounding of the result is all that they lose.
+# so that one rounding is most of what they lose; what lies between two steps bfloat16 may round as well.
 RELATIVE = {"float64": 1e-13, "float32": 1e-5, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 
 # Distance from 1 to the next number of the dtype.

@@ -10,7 +10,7 @@ been on one, the README tells. Otherwise backends other than the CPU's take the 
 "cuda" what TensorFlow holds on the CPU is copied to the card and back.
 
 x is `[N,H,W,C]`, or `[N,C,H,W]` under "channels_first". Tensors, variables and arrays are taken; float16 and bfloat16
-are computed in float32.
+are computed in float32, but for the forward pass of bfloat16 on a CPU that multiplies it by itself.
 """
 
 from __future__ import annotations
@@ -142,6 +142,12 @@ def _forward(x: tf.Tensor) -> Callable[..., tf.Tensor]:
     return functools.partial(tensorflow_numpy.forward, kernels=kernels)
 
 
+def _takes(half: tf.DType) -> bool:
+    """Whether the ops take tensors of a half type as they are: where no GPU is that TensorFlow may run them on."""
+    native = half.name in cpu.FORWARD_HALVES and _implementation()[0] == "c-api"
+    return native and dispatch.kernels() is cpu and not tf.config.list_logical_devices("GPU")
+
+
 def _runs_on_card(x: tf.Tensor) -> bool:
     from . import tensorflow_card  # which needs the C API
 
@@ -164,12 +170,10 @@ def _convolve(kind: str, operands: dict, bias, attributes: tuple, data_format: s
     channels_first = checks.data_format(data_format) == "channels_first"
     if channels_first:
         tensors[0] = tf.transpose(tensors[0], (0, 2, 3, 1))
-    if dtype in _HALF:
+    if dtype in _HALF and not _takes(dtype):
         tensors = [tf.cast(tensor, tf.float32) for tensor in tensors]
         bias = None if bias is None else tf.cast(bias, tf.float32)
-    y = _forward(tensors[0])(kind, tensors, bias, attributes)
-    if dtype in _HALF:
-        y = tf.cast(y, dtype)
+    y = tf.cast(_forward(tensors[0])(kind, tensors, bias, attributes), dtype)
     return tf.transpose(y, (0, 3, 1, 2)) if channels_first else y
 
 

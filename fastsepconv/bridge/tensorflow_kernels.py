@@ -13,6 +13,7 @@ from ..kernels.cpu import depthwise, pointwise, separable, threads
 from ..kernels.cpu.jit import kernel
 from ..kernels.cpu.memory import view
 from ..kernels.cpu.scratch import require
+from ..kernels.cpu.simd import infinity
 from ..kernels.geometry import Geometry
 from . import tensorflow_capi as tf
 from . import tensorflow_kept as kept
@@ -134,7 +135,7 @@ def require_dy(dy, shape, status):
 @kernel
 def lowest(dtype, relu):
     """The lower bound of values that pass a ReLU, or that do not."""
-    return dtype(0) if relu != 0 else dtype(-np.inf)
+    return np.float32(0) if relu != 0 else -infinity(dtype)
 
 
 @kernel
@@ -151,7 +152,7 @@ def depthwise_forward(dtype, address, context):
     if not failed(status):
         depthwise.convolve(
             dtype, g, x.data, lowest(dtype, state[RELU_X]), weights.data, bias, y,
-            lowest(dtype, state[RELU]), dtype(np.inf), threads.current(),
+            lowest(dtype, state[RELU]), infinity(dtype), threads.current(),
         )  # fmt: skip
     finish(context, status)
 
@@ -191,7 +192,7 @@ def pointwise_forward(dtype, address, context):
         panels = kept.panels_of(dtype, address, context, 1, weights.data, depth, filters, threads.current())
         require(pointwise.multiply(
             dtype, batch * height * width, depth, filters, x.data, weights.data, filters, 1, panels, bias, residual,
-            y, lowest(dtype, state[RELU]), dtype(np.inf), threads.current(),
+            y, lowest(dtype, state[RELU]), infinity(dtype), threads.current(),
         ))  # fmt: skip
     finish(context, status)
 
@@ -236,7 +237,7 @@ def separable_forward(dtype, address, context):
         panels = kept.panels_of(dtype, address, context, 2, mixing.data, depth, filters, threads.current())
         require(separable.try_forward(
             dtype, g, filters, x.data, lowest(dtype, state[RELU_X]), weights.data, mixing.data, panels, bias, residual,
-            y, lowest(dtype, state[RELU]), dtype(np.inf), threads.current(),
+            y, lowest(dtype, state[RELU]), infinity(dtype), threads.current(),
         ))  # fmt: skip
     finish(context, status)
 

@@ -22,7 +22,7 @@ Attributes = tuple
 
 
 def forward(kind: str, operands: Sequence[tf.Tensor], bias: tf.Tensor | None, attributes: Attributes) -> tf.Tensor:
-    """The operation on channels-last tensors of one dtype, float32 or float64."""
+    """The operation on channels-last tensors of one dtype, float32, float64 or bfloat16."""
     name = f"Fastsepconv{kind}"
     definition, given = DEFINITIONS[name], {"biases": [] if bias is None else [bias]}
     inputs = [*operands, *(given.get(length, []) for length in definition.lists)]
@@ -41,6 +41,10 @@ def backward(
     kind: str, operands: Sequence[tf.Tensor], dy: tf.Tensor, attributes: Attributes, wanted: Sequence[bool]
 ) -> list[tf.Tensor | None]:
     """The gradients of the operands and of the bias for the output's gradient dy; None for those not wanted."""
+    if dy.dtype is tf.bfloat16:
+        operands, dy = [tf.cast(operand, tf.float32) for operand in operands], tf.cast(dy, tf.float32)
+        singles = backward(kind, operands, dy, attributes, wanted)
+        return [None if gradient is None else tf.cast(gradient, tf.bfloat16) for gradient in singles]
     bits = sum(1 << i for i, want in enumerate(wanted) if want)
     eager = context.executing_eagerly()
     apply = _apply if eager else _apply_in_graph

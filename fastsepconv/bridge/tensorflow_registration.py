@@ -31,6 +31,7 @@ from ..kernels.cpu import threads
 from ..kernels.cpu.jit import Callback, callback
 from ..kernels.cpu.memory import view
 from ..kernels.cpu.scratch import free_memory
+from ..kernels.cpu.simd import BFLOAT16
 from . import tensorflow_kept as kept
 from . import tensorflow_kernels as kernels
 from . import tensorflow_shapes as shapes
@@ -40,6 +41,7 @@ from .tensorflow_tensors import fail, out_of_memory
 
 CALLBACK = types.void(types.intp, types.intp)
 DTYPES = {1: np.float32, 2: np.float64}  # TF_FLOAT, TF_DOUBLE
+FORWARD_DTYPES = DTYPES | {14: BFLOAT16}  # TF_BFLOAT16
 HOST, CARD = "CPU", "GPU"  # TensorFlow's names for kinds of devices; the tests without a card exchange them
 _CREATE = types.intp(types.intp)
 _MAX_ATTRIBUTE = 2**31 - 1
@@ -219,7 +221,7 @@ def register() -> CApi:
     for name, definition in DEFINITIONS.items():
         if op_def_registry.get(name) is None:  # to define an op twice ends the process
             _register_op(api, name, definition)
-            for code, dtype in DTYPES.items():
+            for code, dtype in (FORWARD_DTYPES if definition.infer_shape else DTYPES).items():
                 function = functools.partial(compile_op, name, dtype)
                 register_kernel(api, name, HOST, code, _compute, function)
     return api
@@ -231,7 +233,7 @@ def _register_op(api: CApi, name: str, definition: Definition) -> None:
         api.OpDefinitionBuilderAddInput(builder, spec.encode())
     for spec in definition.outputs:
         api.OpDefinitionBuilderAddOutput(builder, spec.encode())
-    attributes = ["T: {float, double}"]
+    attributes = ["T: {float, double, bfloat16}"]
     attributes += ["biases: int >= 0"] if _BIAS in definition.inputs else []
     attributes += [f"{attribute}: {layout.spec}" for attribute, layout in definition.attributes.items()]
     for spec in attributes:
@@ -261,7 +263,7 @@ def register_kernel(
     create = _create(len(_makers) - 1).address
     builder = api.NewKernelBuilder(name.encode(), device.encode(), create, compute.address, _delete.address)
     api.checked(api.KernelBuilder_TypeConstraint, builder, b"T", code)
-    api.checked(api.RegisterKernelBuilder, f"{name}/{device}/{DTYPES[code].__name__}".encode(), builder)
+    api.checked(api.RegisterKernelBuilder, f"{name}/{device}/{code}".encode(), builder)
 
 
 def _new_state(api: CApi, construction: int, function: int, name: str) -> int:

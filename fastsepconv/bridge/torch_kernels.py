@@ -3,7 +3,8 @@
 Checks, memory and dtypes are the same on every device; `_kernels_on` says who computes on which. On the CPU it is the
 backend of `set_backend`; one that is not the CPU's own is handed arrays that share the tensors' memory. On a card it is
 the CUDA backend, on PyTorch's current stream. Memory for the results, and on a card for what lies between, comes from
-PyTorch's own allocator; inputs are copied only where they are not contiguous, or of a half type on the CPU.
+PyTorch's own allocator; inputs are copied only where they are not contiguous, or of a half type that the kernels of
+the CPU do not take.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 from .. import checks, dispatch
 from ..kernels import cpu
 from ..kernels.cpu import depthwise, pointwise, separable, threads
+from ..kernels.cpu.simd import BFLOAT16
 from . import torch_cuda
 from .static_shapes import output_shape
 
@@ -31,7 +33,7 @@ OPERANDS = {
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MODULES = {"separable": separable, "depthwise": depthwise, "pointwise": pointwise}
-_SCALARS = {torch.float32: np.float32, torch.float64: np.float64}
+_SCALARS = {torch.float32: np.float32, torch.float64: np.float64, torch.bfloat16: BFLOAT16}
 
 _ATTRIBUTES = ("strides", "dilations", "same", "padding")
 
@@ -43,12 +45,13 @@ Window = tuple  # the values of `static_shapes.window`, lists as tuples; empty f
 class Device(NamedTuple):
     """What computes on a kind of device.
 
-    working: for a dtype that its kernels do not take, the one that they compute it in.
+    working: for either way, "forward" or "backward", and a dtype that its kernels do not take, the one that they
+        compute it in.
     run: `run(kind, way, sizes, tensors)` runs the kernel of an operation, way "forward" or "backward", on contiguous
         tensors of one working dtype, as the kernel takes them: inputs, then results; None for what is absent.
     """
 
-    working: Mapping[torch.dtype, torch.dtype]
+    working: Mapping[str, Mapping[torch.dtype, torch.dtype]]
     run: Callable[[str, str, tuple, Sequence[Any]], None]
 
 
@@ -70,7 +73,7 @@ def forward(kind: str, operands: Sequence[torch.Tensor], bias: torch.Tensor | No
     shape, sizes = _known_plan(kind, *_shapes(tensors), window)
     x = operands[0]
     device = _kernels_on(x.device)
-    working = device.working.get(x.dtype, x.dtype)
+    working = device.working["forward"].get(x.dtype, x.dtype)
     y = x.new_empty(shape, dtype=working)
     inputs = [None if tensor is None else tensor.to(working).contiguous() for tensor in tensors.values()]
     device.run(kind, "forward", sizes, [*inputs, y])
@@ -87,7 +90,7 @@ def backward(
     _check_dy(tensors, shape)
     x = operands[0]
     device = _kernels_on(x.device)
-    working = device.working.get(x.dtype, x.dtype)
+    working = device.working["backward"].get(x.dtype, x.dtype)
     gradients = [x.new_empty(shape, dtype=working) for shape in gradient_shapes(operands, dy, wanted)]
     inputs = [tensor.to(working).contiguous() for tensor in tensors.values()]
     targets = [gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)]
@@ -150,7 +153,8 @@ _known_plan = lru_cache(maxsize=1024)(_plan)  # a small layer runs for no longer
 def _on_cpu(kind: str, way: str, sizes: tuple, tensors: Sequence[Any]) -> None:
     scalar = _SCALARS[tensors[0].dtype]
     addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-    bounds = (scalar(-np.inf), scalar(np.inf)) if way == "forward" else ()
+    bound = np.float32 if scalar is BFLOAT16 else scalar
+    bounds = (bound(-np.inf), bound(np.inf)) if way == "forward" else ()
     getattr(_MODULES[kind], way)(scalar, *sizes, *addresses, *bounds, threads.get_num_threads())
 
 
@@ -178,7 +182,9 @@ def _call(kernels: ModuleType, kind: str, way: str, sizes: tuple, arrays: list[A
 
 
 _IN_FLOAT32 = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
-_DEVICES = {"cpu": Device(_IN_FLOAT32, _on_cpu)}
+_TAKEN = [getattr(torch, name) for name in cpu.FORWARD_HALVES]
+_FORWARD = {half: single for half, single in _IN_FLOAT32.items() if half not in _TAKEN}
+_DEVICES = {"cpu": Device({"forward": _FORWARD, "backward": _IN_FLOAT32}, _on_cpu)}
 
 
 def _kernels_on(device: torch.device) -> Device:
@@ -191,11 +197,11 @@ def _kernels_on(device: torch.device) -> Device:
     if device.type in _DEVICES:
         kernels = dispatch.kernels()
         if device.type == "cpu" and kernels is not cpu:
-            return Device(_IN_FLOAT32, partial(_on_arrays, kernels))
+            return Device({"forward": _IN_FLOAT32, "backward": _IN_FLOAT32}, partial(_on_arrays, kernels))
         return _DEVICES[device.type]
     missing: str | None = "there are kernels for the CPU and for CUDA only"
     if device.type == "cuda":
         missing = dispatch.obstacle("cuda")
         if missing is None:
-            return Device({}, partial(_on_card, dispatch.kernels_on_card()))
+            return Device({"forward": {}, "backward": {}}, partial(_on_card, dispatch.kernels_on_card()))
     raise RuntimeError(f"fastsepconv cannot compute where x is, on {device}: {missing}.")

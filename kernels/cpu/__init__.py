@@ -1,7 +1,8 @@
-"""The CPU kernels on NumPy arrays: C-contiguous, channels-last, one dtype (float32 or float64), checked by the caller.
+"""The CPU kernels on NumPy arrays: C-contiguous, channels-last, one dtype, checked by the caller.
 
-A module an operation; each is handed raw addresses, so that one compiled function serves arrays and tensors alike.
-`clamp` is a fused activation: (low, high) bounds of y, (0, inf) for relu; NaN passes.
+The dtype is float32 or float64, forward also bfloat16. A module an operation; each is handed raw addresses, so that one
+compiled function serves arrays and tensors alike. `clamp` is a fused activation: (low, high) bounds of y, (0, inf) for
+relu; NaN passes.
 """
 
 from __future__ import annotations
@@ -10,16 +11,24 @@ import numpy as np
 
 from ..geometry import Geometry
 from . import depthwise, pointwise, separable, threads
+from .simd import BFLOAT16
+from .tiles import MULTIPLIES_BFLOAT16
 
 UNBOUNDED = (-np.inf, np.inf)
+# The half types that forward passes are handed as they are. Without instructions for them, float32 is faster.
+FORWARD_HALVES = frozenset({"bfloat16"} if MULTIPLIES_BFLOAT16 else ())
 
 
 def _address(array: np.ndarray | None) -> int:
     return 0 if array is None else array.ctypes.data
 
 
-def _scalar_type(array: np.ndarray) -> type[np.floating]:
-    return array.dtype.type
+def _scalar_type(array: np.ndarray) -> type[np.generic]:
+    return BFLOAT16 if array.dtype.name == "bfloat16" else array.dtype.type
+
+
+def _bounds(dtype: type[np.generic], clamp: tuple[float, float]) -> tuple[np.floating, ...]:
+    return tuple(map(np.float64 if dtype is np.float64 else np.float32, clamp))
 
 
 def _threads() -> int:
@@ -31,7 +40,7 @@ def depthwise_forward(g: Geometry, x, kernel, bias, out, clamp=UNBOUNDED) -> Non
     """Fills out `[N,P,Q,C*M]` from x `[N,H,W,C]`, kernel `[R,S,C,M]`, bias `[C*M]` or None."""
     dtype = _scalar_type(out)
     arrays = map(_address, (x, kernel, bias, out))
-    depthwise.forward(dtype, g, *arrays, *map(dtype, clamp), _threads())
+    depthwise.forward(dtype, g, *arrays, *_bounds(dtype, clamp), _threads())
 
 
 def depthwise_backward(g: Geometry, x, kernel, dy, dx, d_kernel, d_bias) -> None:
@@ -44,7 +53,7 @@ def pointwise_forward(x, kernel, bias, out, clamp=UNBOUNDED) -> None:
     """Fills out `[rows,F]` from x `[rows,K]`, kernel `[K,F]`, bias `[F]` or None."""
     dtype = _scalar_type(out)
     arrays = map(_address, (x, kernel, bias, out))
-    pointwise.forward(dtype, x.shape[0], *kernel.shape, *arrays, *map(dtype, clamp), _threads())
+    pointwise.forward(dtype, x.shape[0], *kernel.shape, *arrays, *_bounds(dtype, clamp), _threads())
 
 
 def pointwise_backward(x, kernel, dy, dx, d_kernel, d_bias) -> None:
@@ -58,7 +67,7 @@ def separable_forward(g: Geometry, x, depthwise_kernel, pointwise_kernel, bias, 
     dtype = _scalar_type(out)
     arrays = map(_address, (x, depthwise_kernel, pointwise_kernel, bias, out))
     filters = pointwise_kernel.shape[1]
-    separable.forward(dtype, g, filters, *arrays, *map(dtype, clamp), _threads())
+    separable.forward(dtype, g, filters, *arrays, *_bounds(dtype, clamp), _threads())
 
 
 def separable_backward(

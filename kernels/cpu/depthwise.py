@@ -5,7 +5,8 @@
     d_kernel[r,s,c] = sum over n, p, q of x[n, p*sh+r*dh-top, q*sw+s*dw-left, c] * dy[n,p,q,c]
     d_bias[c]       = sum over n, p, q of dy[n,p,q,c]
 
-Addresses of C-contiguous channels-last float32 or float64 arrays. A depth multiplier M > 1 is served by repeating
+Addresses of C-contiguous channels-last float32 or float64 arrays, forward also bfloat16 ones, which are summed in
+float32. A depth multiplier M > 1 is served by repeating
 each input channel M times first. Taps that fall outside the image are skipped, not multiplied by zeros. Forward, what
 of x is lower than `x_low` counts as that: a ReLU before the convolution costs nothing.
 """
@@ -24,7 +25,7 @@ from .multiplier import repeat_channels, repeated_length, single, sum_repeated
 from .pointwise import add_groups, column_sums
 from .pool import compiled_once, parallel_kernel
 from .scratch import give, require, take, try_take
-from .simd import lanes
+from .simd import infinity, lanes
 from .tiles import CHOSEN
 
 GRADIENT_GROUPS = 16  # partial sums of d_kernel: a constant, so that the result does not depend on the thread count
@@ -136,7 +137,7 @@ def _taps_reaching(position, stride, dilation, taps):
 def _input_line(dtype, g, c, count, n, h, kernel, dy, d_x):
     """Channels c .. c + count of line h of image n of d_x: one pass a column phase of the stride, no tap wasted."""
     itemsize = np.empty(0, dtype).itemsize
-    low, high = dtype(-np.inf), dtype(np.inf)
+    low, high = -infinity(dtype), infinity(dtype)
     line = g.out_width * g.channels
     r, r_step, r_count, p, p_step = _taps_reaching(h + g.pad_top, g.stride_height, g.dilation_height, g.kernel_height)
     row_first, row_last = inside(p, p_step, r_count, g.out_height)
@@ -358,7 +359,7 @@ def convolve(dtype, g, x, x_low, kernel, bias, y, low, high, threads):
 @entry
 def forward(dtype, g, x, kernel, bias, y, low, high, threads):
     """Fills y `[N,P,Q,C*M]`. bias may be 0 (absent)."""
-    convolve(dtype, g, x, dtype(-np.inf), kernel, bias, y, low, high, threads)
+    convolve(dtype, g, x, -infinity(dtype), kernel, bias, y, low, high, threads)
 
 
 @kernel

@@ -6,7 +6,8 @@
 `correlate_rows`  three taps of it, a pixel apart, or the nine of three rows
 
 Addresses are integers and strides count elements, so one compiled function of each serves every shape and layout.
-`dtype` is np.float32 or np.float64. Nothing is read or written outside the tile that the arguments describe.
+`dtype` is np.float32 or np.float64, of the first two also BFLOAT16. Nothing is read or written outside the tile that
+the arguments describe.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from .simd import Vectors, emit_cases, index, vectors_of
+from .simd import Vectors, arithmetic_type, emit_cases, index, vectors_of
 from .tiles import CHOSEN
 
 PIXELS = CHOSEN.pixels
@@ -63,8 +64,8 @@ def depthwise_tile(
                     )
         return context.get_dummy_value()
 
-    element = dtype.instance_type
-    signature = types.void(dtype, *[types.intp] * 8, element, *[types.intp] * 6, element, element)
+    bound = arithmetic_type(dtype)
+    signature = types.void(dtype, *[types.intp] * 8, bound, *[types.intp] * 6, bound, bound)
     return signature, codegen
 
 
@@ -122,8 +123,8 @@ def sliding_tile(
         emit_cases(builder, pixels, SLIDES, emit_case)
         return context.get_dummy_value()
 
-    element = dtype.instance_type
-    signature = types.void(dtype, *[types.intp] * 8, element, *[types.intp] * 6, element, element)
+    bound = arithmetic_type(dtype)
+    signature = types.void(dtype, *[types.intp] * 8, bound, *[types.intp] * 6, bound, bound)
     return signature, codegen
 
 

@@ -14,10 +14,10 @@ import numpy as np
 
 from .gemm_tile import ASK_STEP, GEMM_ROWS, UNROLL, gemm_columns, gemm_tile
 from .jit import kernel
-from .memory import ceil_div, share
-from .packing import pack, pack_panel, packed_length
+from .memory import ceil_div, share, view
+from .packing import pack, pack_panel, packed_length, whole_depth
 from .pool import compiled_once
-from .simd import CACHE_LINE, L1_PERIOD
+from .simd import CACHE_LINE, L1_PERIOD, factors
 from .tiles import L2_BYTES
 
 TILE_ROWS, LEAST_ROWS = GEMM_ROWS[0], GEMM_ROWS[-1]
@@ -49,7 +49,7 @@ def rows_collide(dtype, depth):
 @kernel
 def panel_length(dtype, depth):
     """Elements of one panel of the kernel."""
-    return depth * gemm_columns(dtype)
+    return whole_depth(dtype, depth) * gemm_columns(dtype)
 
 
 @kernel
@@ -125,10 +125,13 @@ def work(dtype, rows, filters, worker, workers):
 
 @kernel
 def _shares_panels(dtype, rows, depth, row_stride, column_stride, workers):
-    """Whether the kernel is packed beforehand, for all: if packing in passing, or slowly, for each block costs more."""
+    """Whether the kernel is packed beforehand, for all: if packing in passing, or slowly, for each block costs more.
+
+    Pairs of bfloat16 cannot be packed in passing.
+    """
     blocks = block_count(dtype, depth, ceil_div(rows, _row_parts(rows, workers)))
     cheap = column_stride == 1 and not rows_collide(dtype, row_stride)
-    return blocks > (PASSES if cheap else 1)
+    return factors(dtype) > 1 or blocks > (PASSES if cheap else 1)
 
 
 @kernel
@@ -164,9 +167,23 @@ def _lines(dtype, columns):
 
 
 @kernel
-def _asks(depth):
+def products(dtype, depth):
+    """How many products sum up so many factors."""
+    return ceil_div(depth, factors(dtype))
+
+
+@kernel
+def clear_behind(dtype, rows, depth, a, a_row):
+    """Zeros behind each row of a block of a, up to whole products: of what lies there a NaN would not be lost."""
+    for k in range(depth, whole_depth(dtype, depth)):
+        for m in range(rows):
+            view(dtype, a + (m * a_row + k) * np.empty(0, dtype).itemsize, 1)[0] = 0
+
+
+@kernel
+def _asks(products):
     """Lines that a tile asks for: none in the turn that is not whole."""
-    return depth // UNROLL * (UNROLL // ASK_STEP)
+    return products // UNROLL * (UNROLL // ASK_STEP)
 
 
 @kernel
@@ -185,8 +202,9 @@ def _multiply_panel(
     Of what comes next the first tiles ask for the next panel, a column of lines each, and the others for `ahead`.
     """
     itemsize = np.empty(0, dtype).itemsize
-    asks, packed = _asks(depth), panel
-    lines = _lines(dtype, gemm_columns(dtype)) * ASK_STEP  # columns of them, each of every ASK_STEPth row
+    count, packed = products(dtype, depth), panel
+    asks, row = _asks(count), gemm_columns(dtype) * factors(dtype)
+    lines = _lines(dtype, row) * ASK_STEP  # columns of them, each of every ASK_STEPth row
     silent = _silent_tiles(panel)
     for m in range(0, rows, TILE_ROWS):
         height, turn = min(TILE_ROWS, rows - m), m // TILE_ROWS - silent
@@ -196,11 +214,12 @@ def _multiply_panel(
             wanted, step = ahead + (turn - lines) * asks * ahead_step * itemsize, ahead_step
         block = a + m * a_row * itemsize if height == TILE_ROWS or tail == 0 else tail
         gemm_tile(
-            dtype, tile_height(height), height, columns, depth, block, a_row, 1, b, b_step, packed, wanted, step,
+            dtype, tile_height(height), height, columns, count, block, a_row, factors(dtype), b, b_step, packed,
+            wanted, step,
             start, 0, residual_offset, y + m * filters * itemsize, filters, past_caches, low, high,
         )  # fmt: skip
         if packed != 0:
-            b, b_step, packed = panel, gemm_columns(dtype), 0
+            b, b_step, packed = panel, row, 0
 
 
 @kernel
@@ -219,20 +238,22 @@ def multiply_block(
     """
     itemsize = np.empty(0, dtype).itemsize
     width, line = gemm_columns(dtype), CACHE_LINE // itemsize
+    row, length = width * factors(dtype), width * whole_depth(dtype, depth)
     silent = 0 if panels != 0 else _silent_tiles(own)
-    asks_ahead = max(0, ceil_div(rows, TILE_ROWS) - silent - _lines(dtype, width) * ASK_STEP) * _asks(depth)
+    asks_ahead = max(0, ceil_div(rows, TILE_ROWS) - silent - _lines(dtype, row) * ASK_STEP)
+    asks_ahead *= _asks(products(dtype, depth))
     step_ahead = min(line, ceil_div(ahead_length, max(1, ceil_div(f_last - f_first, width) * asks_ahead)))
     for f in range(f_first, f_last, width):
         columns = min(width, filters - f)
         source, past = kernel + f * column_stride * itemsize, ahead + ahead_length * itemsize
-        b, b_step, panel = panels + f * depth * itemsize, width, 0
-        next_b, next_step = b + width * depth * itemsize, width
+        b, b_step, panel = panels + f // width * length * itemsize, row, 0
+        next_b, next_step = b + length * itemsize, row
         if panels == 0:
             b, b_step, panel = source, row_stride, own
             next_b, next_step = source + width * column_stride * itemsize, row_stride
             if columns < width or column_stride != 1:
                 pack_panel(dtype, depth, columns, source, row_stride, column_stride, own)
-                b, b_step, panel = own, width, 0
+                b, b_step, panel = own, row, 0
         # Not where one tile of rows goes through panels as fast as memory gives them: there the hardware's own reading
         # ahead is 1.2 to 1.8 times as fast (Zen 4). But where a panel's rows collide, and drive each other on from L2
         # to L3: not to wait for memory makes 10x10x1024-1536 1.3 times as fast (Zen 3).

@@ -1,7 +1,7 @@
 """The inner loop of every matrix product: a register tile written out in vector code.
 
 Addresses are integers and strides count elements, so one compiled function serves every shape and layout. `dtype` is
-np.float32 or np.float64. Nothing is written outside the tile that the arguments describe.
+np.float32, np.float64 or BFLOAT16. Nothing is written outside the tile that the arguments describe.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from .simd import CACHE_LINE, L1_PERIOD, Vectors, emit_cases, index, vectors_of
+from .simd import CACHE_LINE, L1_PERIOD, Vectors, arithmetic_type, emit_cases, index, vectors_of
 from .tiles import CHOSEN
 
 GEMM_ROWS = CHOSEN.rows
@@ -44,7 +44,8 @@ def gemm_tile(
     """c[i*c_row + j] = clamp(sum over k < depth of a[i*a_row + k*a_step] * b[k*b_step + j]
                            + start[i*start_row + j] + residual[i*c_row + j])
 
-    for i < rows, j < columns. The residual is at c + residual_offset, in bytes; there is none where that is 0.
+    for i < rows, j < columns. The residual is at c + residual_offset, in bytes; there is none where that is 0. Of
+    bfloat16, depth counts pairs, which lie side by side in a and in the panel that b is: k is one's first element.
     `tile_rows` is one of GEMM_ROWS, at least `rows`; `columns` is at most `vectors*lanes`.
     All `tile_rows` rows of a and all `vectors*lanes` columns of b are read, whatever `rows` and `columns` are.
     Meanwhile b is copied into the packed `panel`, if that is not 0, and one cache line every ASK_STEP k is asked for in
@@ -52,7 +53,7 @@ def gemm_tile(
     do products that fill no turn.
 
     Assumes: depth >= 0; a's rows and b's columns readable to the tile's full size; b in a panel already where `panel`
-    is 0; c's rows at multiples of a vector if `past_caches` is not 0.
+    is 0, which of bfloat16 it is; c's rows at multiples of a vector if `past_caches` is not 0.
     """
 
     def codegen(context, builder, signature, arguments):
@@ -61,7 +62,8 @@ def gemm_tile(
         emit_cases(builder, tile_rows, GEMM_ROWS, lambda height: _gemm_tile(emit, height, *rest))
         return context.get_dummy_value()
 
-    signature = types.void(dtype, *[types.intp] * 18, dtype.instance_type, dtype.instance_type)
+    bound = arithmetic_type(dtype)
+    signature = types.void(dtype, *[types.intp] * 18, bound, bound)
     return signature, codegen
 
 
@@ -78,12 +80,13 @@ def _gemm_tile(
     output.begin()
     a_rows, b_rows = _row_pointers(emit, a, a_row, height), _Kernel(emit, b, b_step, panel)
     totals = _Totals(emit, sums)
-    chunks = builder.sdiv(builder.add(depth, index(SUMMED_AT_ONCE - 1)), index(SUMMED_AT_ONCE))
+    at_once = index(SUMMED_AT_ONCE // emit.factors)
+    chunks = builder.sdiv(builder.add(depth, builder.sub(at_once, index(1))), at_once)
     with cgutils.for_range(builder, chunks) as chunk:
         totals.take_sums(chunk.index)
-        first = builder.mul(chunk.index, index(SUMMED_AT_ONCE))
+        first = builder.mul(chunk.index, at_once)
         left = builder.sub(depth, first)
-        count = builder.select(builder.icmp_signed("<", left, index(SUMMED_AT_ONCE)), left, index(SUMMED_AT_ONCE))
+        count = builder.select(builder.icmp_signed("<", left, at_once), left, at_once)
         turns = builder.sdiv(count, index(UNROLL))
         if UNROLL > 1:  # a branch between the products of a turn would cost registers: b is packed in the loop below
             turns = builder.select(builder.icmp_signed("==", panel, index(0)), turns, index(0))
@@ -122,17 +125,19 @@ class _Kernel:
     def take_packed(self, count: int) -> Iterator[list]:
         """The vectors of the next rows, which are those of a panel: constants apart, so one pointer serves them all."""
         emit, builder = self.emit, self.emit.builder
-        line, width = builder.load(self.next), CHOSEN.vectors * emit.lanes
+        line, width = builder.load(self.next), CHOSEN.vectors * emit.lanes * emit.factors
         builder.store(emit.at(line, index(count * width)), self.next)
         for k in range(count):
-            yield emit.load_span(emit.at(line, index(k * width)), [None] * CHOSEN.vectors)
+            yield emit.load_factors(emit.at(line, index(k * width)))
 
     def take(self) -> list:
         """The vectors of the next row, copied into the panel on the way if one is wanted."""
         emit, builder = self.emit, self.emit.builder
         line = builder.load(self.next)
         builder.store(emit.at(line, self.step), self.next)
-        vectors = emit.load_span(line, [None] * CHOSEN.vectors)
+        vectors = emit.load_factors(line)
+        if emit.factors > 1:
+            return vectors
         with builder.if_then(builder.icmp_signed("!=", self.panel, index(0)), likely=False):
             copy = builder.load(self.copy)
             for j, vector in enumerate(vectors):
@@ -279,9 +284,9 @@ def _multiply_step(emit: Vectors, sums, a_rows, a_row, b_vectors, further=None) 
     for i, row in enumerate(sums):
         pointer = builder.load(a_rows[i // ROWS_A_POINTER])
         element = builder.add(builder.mul(a_row, index(i % ROWS_A_POINTER)), further)
-        a_value = emit.broadcast(emit.at(pointer, element))
+        a_value = emit.broadcast_factors(emit.at(pointer, element))
         for b_vector, register in zip(b_vectors, row, strict=True):
-            builder.store(emit.multiply_add(a_value, b_vector, builder.load(register)), register)
+            builder.store(emit.add_products(a_value, b_vector, builder.load(register)), register)
         if UNROLL > 1:
             emit.in_order(row)
 

@@ -2,7 +2,8 @@
 
     panel[k*width + j] = source[k*row_stride + j*column_stride]      for j < columns, 0 for the others up to `width`
 
-One of the strides is 1: rows are copied as they lie, columns are transposed in registers a square at a time.
+One of the strides is 1: rows are copied as they lie, columns are transposed in registers a square at a time. Of
+bfloat16 a panel holds two rows in one, a column's elements k and k + 1 side by side; 0 stands for one past the last.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from .gemm_tile import GEMM_ROWS, gemm_columns
 from .jit import kernel
 from .memory import ceil_div, share
 from .pool import parallel_kernel
-from .simd import Vectors, index, vectors_of
+from .simd import Vectors, factors, index, vectors_of
 from .tiles import CHOSEN
 
 PANELS_AT_ONCE = 4  # a line of each is written in turn: a few sets of L1 hold them, even where they collide
@@ -41,15 +42,16 @@ def _copy_panels(typing_context, dtype, depth, panels, source, row_stride, targe
     def codegen(context, builder, signature, arguments):
         _, depth, panels, source, row_stride, target = arguments
         emit = vectors_of(builder, signature)
-        width, whole = index(CHOSEN.vectors * emit.lanes), [None] * CHOSEN.vectors
-        length = builder.mul(depth, width)
-        with cgutils.for_range(builder, depth) as row, cgutils.for_range(builder, panels) as panel:
-            line = emit.at(emit.pointer(source), builder.mul(row.index, row_stride))
-            copy = emit.at(emit.pointer(target), builder.mul(row.index, width))
+        whole, width = [emit.mask(index(CHOSEN.vectors * emit.lanes))] * CHOSEN.vectors, CHOSEN.vectors * emit.lanes
+        rows = _products(emit, depth)
+        length = builder.mul(rows, index(width * emit.factors))
+        with cgutils.for_range(builder, rows) as row, cgutils.for_range(builder, panels) as panel:
+            k = builder.mul(row.index, index(emit.factors))
+            line = emit.at(emit.pointer(source), builder.mul(k, row_stride))
+            line = emit.at(line, builder.mul(panel.index, index(width)))
+            copy = emit.at(emit.pointer(target), builder.mul(k, index(width)))
             copy = emit.at(copy, builder.mul(panel.index, length))
-            values = emit.load_span(emit.at(line, builder.mul(panel.index, width)), whole)
-            for j, value in enumerate(values):
-                emit.store(value, emit.at(copy, index(j * emit.lanes)))
+            emit.copy_factors(line, row_stride, builder.sub(depth, k), whole, copy)
         return context.get_dummy_value()
 
     return types.void(dtype, *[types.intp] * 5), codegen
@@ -89,11 +91,16 @@ def _emit_copy(emit: Vectors, vectors: int, rows, columns, source, row_stride, t
     """The first `columns` columns of a matrix, and zeros up to so many vectors, row behind row."""
     builder, width = emit.builder, index(vectors * emit.lanes)
     masks = [emit.mask(columns, j * emit.lanes) for j in range(vectors)]
-    with cgutils.for_range(builder, rows) as loop:
-        line = emit.at(emit.pointer(source), builder.mul(loop.index, row_stride))
-        copy = emit.at(emit.pointer(target), builder.mul(loop.index, width))
-        for j, mask in enumerate(masks):
-            emit.store(emit.load(emit.at(line, index(j * emit.lanes)), mask), emit.at(copy, index(j * emit.lanes)))
+    with cgutils.for_range(builder, _products(emit, rows)) as loop:
+        row = builder.mul(loop.index, index(emit.factors))
+        line = emit.at(emit.pointer(source), builder.mul(row, row_stride))
+        copy = emit.at(emit.pointer(target), builder.mul(row, width))
+        emit.copy_factors(line, row_stride, builder.sub(rows, row), masks, copy)
+
+
+def _products(emit: Vectors, depth):
+    """How many products sum up so many factors."""
+    return emit.builder.udiv(emit.builder.add(depth, index(emit.factors - 1)), index(emit.factors))
 
 
 @intrinsic
@@ -147,8 +154,14 @@ def _transposed(emit: Vectors, square: list) -> list:
 
 
 @kernel
+def whole_depth(dtype, depth):
+    """The depth, up to whole products."""
+    return ceil_div(depth, factors(dtype)) * factors(dtype)
+
+
+@kernel
 def pack_panel(dtype, depth, columns, source, row_stride, column_stride, panel):
-    """Fills one panel. Assumes: one of the strides is 1."""
+    """Fills one panel. Assumes: one of the strides is 1, of bfloat16 that of columns."""
     if column_stride == 1:
         _copy_rows(dtype, depth, columns, source, row_stride, panel)
     else:
@@ -159,7 +172,7 @@ def pack_panel(dtype, depth, columns, source, row_stride, column_stride, panel):
 def packed_length(dtype, depth, filters):
     """Elements of a kernel `[depth,filters]` packed into panels."""
     width = gemm_columns(dtype)
-    return ceil_div(filters, width) * width * depth
+    return ceil_div(filters, width) * width * whole_depth(dtype, depth)
 
 
 @parallel_kernel
@@ -170,15 +183,16 @@ def pack(dtype, worker, workers, depth, filters, source, row_stride, column_stri
     """
     itemsize = np.empty(0, dtype).itemsize
     width = gemm_columns(dtype)
+    length = width * whole_depth(dtype, depth)
     first, last = share(ceil_div(filters, width), worker, workers)
     if column_stride == 1:
         whole = min(last, filters // width)
         for panel in range(first, whole, PANELS_AT_ONCE):
             count = min(PANELS_AT_ONCE, whole - panel)
-            at, packed = source + panel * width * itemsize, target + panel * width * depth * itemsize
+            at, packed = source + panel * width * itemsize, target + panel * length * itemsize
             _copy_panels(dtype, depth, count, at, row_stride, packed)
         first = max(first, whole)
     for panel in range(first, last):
         columns = min(width, filters - panel * width)
         at = source + panel * width * column_stride * itemsize
-        pack_panel(dtype, depth, columns, at, row_stride, column_stride, target + panel * width * depth * itemsize)
+        pack_panel(dtype, depth, columns, at, row_stride, column_stride, target + panel * length * itemsize)

@@ -6,8 +6,8 @@
     d_bias[f]     = sum over m of dy[m,f]
 
 x `[rows,depth]`, kernel `[depth,filters]`, dy, y, residual `[rows,filters]`: addresses of C-contiguous float32 or
-float64 arrays. The blocking is that of Goto and van de Geijn (Anatomy of High-Performance Matrix Multiplication, 2008),
-with one level less: the whole depth is summed in registers.
+float64 arrays, forward also bfloat16 ones, which are summed in float32. The blocking is that of Goto and van de Geijn
+(Anatomy of High-Performance Matrix Multiplication, 2008), with one level less: the whole depth is summed in registers.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from .gemm import (
     block_count,
     block_range,
     block_tiles,
+    clear_behind,
     multiply_block,
     padded_row,
     panel_length,
@@ -37,6 +38,7 @@ from .memory import address, ceil_div, copy, fence, keep, share, view
 from .packing import pack_panel, pack_strip, strip_width
 from .pool import compiled_once, parallel_kernel
 from .scratch import give, require, take_in_share, try_take
+from .simd import factors, infinity
 from .tiles import CHOSEN
 
 GRADIENT_PANEL_BYTES = 24 * 1024  # L1 holds a panel of dy and a strip of x
@@ -48,7 +50,13 @@ BIAS_GROUPS = 16  # partial sums of d_bias: a constant, so that the result does 
 @kernel
 def rows_length(dtype, depth, tiles):
     """Elements of scratch memory that `multiply_rows` wants for rows of so many tiles at once."""
-    return (tiles * padded_row(dtype, depth) if rows_collide(dtype, depth) else depth) * TILE_ROWS
+    return (tiles if _copied(dtype, depth) else 1) * padded_row(dtype, depth) * TILE_ROWS
+
+
+@kernel
+def _copied(dtype, depth):
+    """Whether rows of x are copied: where they collide, or end amid a pair of bfloat16."""
+    return rows_collide(dtype, depth) or depth % factors(dtype) != 0
 
 
 @kernel
@@ -58,15 +66,16 @@ def multiply_rows(
 ):  # fmt: skip
     """Rows m0..m1 of y, filters f_first..f_last; meanwhile the rows m1..after of x are asked for.
 
-    The kernel lies in packed `panels`, or `own` has room for one. `room` is for the rows: where they collide they are
-    copied, else the last tile's only, where the tile that is taken has more rows and would read past the end of x.
+    The kernel lies in packed `panels`, or `own` has room for one. `room` is for the rows that are copied: all, or the
+    last tile's only, where the tile that is taken has more rows and would read past the end of x.
     """
     itemsize = np.empty(0, dtype).itemsize
     a, row, tail, left = x + m0 * depth * itemsize, depth, 0, (m1 - m0) % TILE_ROWS
-    if rows_collide(dtype, depth):
+    if _copied(dtype, depth):
         row = padded_row(dtype, depth)
         for m in range(m0, m1):
             copy(room + (m - m0) * row * itemsize, x + m * depth * itemsize, depth * itemsize)
+        clear_behind(dtype, m1 - m0, depth, room, row)
         a = room
     elif tile_height(left) > left:
         tail = room
@@ -159,7 +168,7 @@ def _gradient_panel(dtype, rows, tiles, depth, columns, strips, dy, dy_row, pane
         gemm_tile(
             dtype, tile_height(count), count, columns, rows, strips + tile * rows * strip * itemsize, 1, strip,
             b, b_row, packed, ahead + (k + tile % ASK_STEP * ahead_step) * itemsize, ASK_STEP * ahead_step,
-            start, start_row, 0, target, dy_row, 0, dtype(-np.inf), dtype(np.inf),
+            start, start_row, 0, target, dy_row, 0, -infinity(dtype), infinity(dtype),
         )  # fmt: skip
         b, b_row, packed = panel, width, 0
 
@@ -321,7 +330,7 @@ def column_sums(dtype, rows, columns, x, total, threads):
 def backward(dtype, rows, depth, filters, x, kernel, dy, d_x, d_kernel, d_bias, threads):
     """Fills d_x, d_kernel and d_bias, each where its address is not 0."""
     if d_x != 0:
-        low, high = dtype(-np.inf), dtype(np.inf)
+        low, high = -infinity(dtype), infinity(dtype)
         require(multiply(dtype, rows, filters, depth, dy, kernel, 1, filters, 0, 0, 0, d_x, low, high, threads))
     if d_kernel != 0:
         require(kernel_gradient(dtype, rows, depth, filters, x, dy, d_kernel, threads))

@@ -34,11 +34,12 @@ from ..geometry import Geometry
 from . import threads
 from .atomics import WORD, external_word, keep_for_good
 from .jit import Callback
+from .simd import BFLOAT16, arithmetic_type
 
 _BYTES = ir.IntType(8).as_pointer()
 _GEOMETRY = typeof(Geometry(*[0] * len(Geometry._fields)))
 BOUNDS = ("x_low", "low", "high")
-_DTYPES = {types.float32: np.float32, types.float64: np.float64}
+_DTYPES = {types.float32: np.float32, types.float64: np.float64, types.uint16: BFLOAT16}
 # By name: the cell, what fills it, the function, the dtype.
 _functions: dict[bytes, tuple[ctypes.Array, Callback, Callable, types.Float]] = {}
 _called_by_address: dict[_Intrinsic, Callable] = {}
@@ -47,7 +48,7 @@ _called_by_address: dict[_Intrinsic, Callable] = {}
 def parallel_kernel(function: Callable) -> Callable:
     """Compile `function(dtype, worker, workers, ...)`, a share of the work, to be called as `(dtype, shares, ...)`.
 
-    Parameters named `g` are a Geometry, those of BOUNDS numbers of the dtype, all others integers.
+    Parameters named `g` are a Geometry, those of BOUNDS numbers that the dtype is computed in, all others integers.
     The shares must not depend on each other: they may run one after another, on one thread. There may be more of them
     than threads: a thread that is done takes another.
     """
@@ -108,7 +109,8 @@ def _name(function: Callable, scalar: types.Float) -> str:
 
 
 def _parameter_types(names: list[str], scalar: types.Float) -> tuple[types.Type, ...]:
-    return tuple(_GEOMETRY if name == "g" else scalar if name in BOUNDS else types.intp for name in names)
+    bound = arithmetic_type(types.NumberClass(scalar))
+    return tuple(_GEOMETRY if name == "g" else bound if name in BOUNDS else types.intp for name in names)
 
 
 def _register(function: Callable, scalar: types.Float, parameters: tuple[types.Type, ...]) -> None:

@@ -9,6 +9,8 @@
 Forward, mid never leaves L2: a thread fills a block of its rows and multiplies it at once. Backward, mid is computed
 again rather than stored, as it is multiplied by dy, and d_mid for a few images at a time, so the scratch memory does
 not grow with the batch; large images go through all steps in bands of lines (`separable_bands`).
+
+Arrays are float32 or float64, forward also bfloat16: each step sums in float32, and mid is rounded between them.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from .multiplier import repeat_channels, repeated_length, single, sum_repeated
 from .packing import pack, packed_length
 from .pool import parallel_kernel
 from .scratch import give, require, take, take_in_share, try_take
+from .simd import infinity
 
 D_MID_BYTES = 2 << 20  # d_mid of some images at once: it is still in the caches when it is read
 STRIPS_AT_ONCE = 16  # of mid, from being computed to being packed: they are still in L1 or L2
@@ -54,7 +57,10 @@ def _forward(
     own = block + block_length * itemsize
     for number in range(blocks):
         m0, m1 = gemm.block_range(first, last, blocks, number)
-        dw.forward_pixels(dtype, g, 0, depth, m0, m1, x, x_low, depthwise, 0, block, row, dtype(-np.inf), dtype(np.inf))
+        dw.forward_pixels(
+            dtype, g, 0, depth, m0, m1, x, x_low, depthwise, 0, block, row, -infinity(dtype), infinity(dtype)
+        )
+        gemm.clear_behind(dtype, m1 - m0, depth, block, row)
         _, x_read = dw.input_range(g, m0, m1)
         x_next, x_last = dw.input_range(g, *gemm.block_range(first, last, blocks, number + 1))
         x_next = max(x_next, x_read)
@@ -112,7 +118,8 @@ def try_forward(dtype, g, filters, x, x_low, depthwise, pointwise, kept, bias, r
 @entry
 def forward(dtype, g, filters, x, depthwise, pointwise, bias, y, low, high, threads):
     """Fills y `[N,P,Q,F]`. bias may be 0 (absent)."""
-    require(try_forward(dtype, g, filters, x, dtype(-np.inf), depthwise, pointwise, 0, bias, 0, y, low, high, threads))
+    x_low = -infinity(dtype)
+    require(try_forward(dtype, g, filters, x, x_low, depthwise, pointwise, 0, bias, 0, y, low, high, threads))
 
 
 @parallel_kernel
@@ -122,7 +129,7 @@ def _pointwise_gradient(dtype, worker, workers, g, filters, x, depthwise, dy, d_
 
     Parallel over: rectangles of d_pointwise, so nothing is reduced.
     """
-    itemsize, low, high = np.empty(0, dtype).itemsize, dtype(-np.inf), dtype(np.inf)
+    itemsize, low, high = np.empty(0, dtype).itemsize, -infinity(dtype), infinity(dtype)
     pixels, depth, row = g.batch * g.out_height * g.out_width, g.channels, STRIPS_AT_ONCE * TILE_ROWS
     k_first, k_last, f_first, f_last = pw.gradient_work(dtype, depth, filters, worker, workers)
     length = pw.gradient_length(dtype, k_last - k_first)
@@ -161,7 +168,7 @@ def _backward_in_steps(dtype, g, filters, x, depthwise, pointwise, dy, d_x, d_de
 
     Assumes: g.multiplier is 1.
     """
-    low, high = dtype(-np.inf), dtype(np.inf)
+    low, high = -infinity(dtype), infinity(dtype)
     itemsize = np.empty(0, dtype).itemsize
     pixels, depth = g.out_height * g.out_width, g.channels
     images = images_at_once(dtype, g, D_MID_BYTES)

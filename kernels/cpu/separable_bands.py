@@ -21,6 +21,7 @@ from .memory import address, ceil_div, keep, share, view
 from .packing import pack, packed_length
 from .pool import parallel_kernel
 from .scratch import give, take_in_share, try_take
+from .simd import infinity
 from .tiles import L2_BYTES
 
 BAND_BYTES = L2_BYTES * 3 // 8  # of x and d_mid; of L2 they leave room for a block of dy and its copies
@@ -68,7 +69,7 @@ def block_rows(rows):
 def _multiply_band(dtype, g, filters, first, last, end, x, depthwise, dy, panels, zeros, d_mid, d_pointwise, room):
     """Pixels first..last of d_mid, and what they add to d_pointwise; dy is asked for as far as pixel `end`."""
     itemsize = np.empty(0, dtype).itemsize
-    depth, low, high = g.channels, dtype(-np.inf), dtype(np.inf)
+    depth, low, high = g.channels, -infinity(dtype), infinity(dtype)
     rows_room = room + pw.gradient_length(dtype, depth) * itemsize
     mid = rows_room + pw.rows_length(dtype, filters, BLOCK_ROWS // TILE_ROWS) * itemsize
     width, step = gemm_columns(dtype), block_rows(last - first)

@@ -7,16 +7,18 @@ say instead which registers they want: they are written with `Vectors`, inside `
 from __future__ import annotations
 
 import llvmlite.binding as llvm
+import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from .tiles import CHOSEN
+from .tiles import CHOSEN, MULTIPLIES_BFLOAT16
 
 CACHE_LINE = 64
 L1_PERIOD = 4096  # bytes: addresses so far apart share one set of L1, whose sets are counted within a page
 
 INDEX = ir.IntType(64)
+BFLOAT16 = np.uint16  # what kernels are handed as their dtype: Numba has no bfloat16, so its bits stand for it
 _LANE = ir.IntType(32)
 _ANY_VECTOR_REGISTER = {"x86_64": "v", "aarch64": "w", "arm64": "w"}  # as constraints of inline assembly name it
 
@@ -26,6 +28,11 @@ def index(value: int) -> ir.Constant:
     return ir.Constant(INDEX, value)
 
 
+def arithmetic_type(dtype: types.NumberClass) -> types.Float:
+    """What elements of a dtype are computed in, and their bounds are given in: float32 for bfloat16."""
+    return types.float32 if dtype.instance_type == types.uint16 else dtype.instance_type
+
+
 class Vectors:
     """Emits instructions on vectors of one floating-point type at an IRBuilder's position.
 
@@ -33,13 +40,16 @@ class Vectors:
     fused multiply-add: where it has not, `llvm.fma` would be a call into the C library, a hundred times slower.
     """
 
+    factors = 1  # elements of either side that go into a product of a matrix product
+
     def __init__(self, builder: ir.IRBuilder, dtype: types.NumberClass, vector_bytes: int, fused: bool):
+        bits = arithmetic_type(dtype).bitwidth
         self.builder = builder
-        self.element = ir.DoubleType() if dtype.instance_type == types.float64 else ir.FloatType()
-        self.itemsize = dtype.instance_type.bitwidth // 8
+        self.element = ir.DoubleType() if bits == 64 else ir.FloatType()
+        self.itemsize = bits // 8
         self.lanes = vector_bytes // self.itemsize
         self.type = ir.VectorType(self.element, self.lanes)
-        self._suffix = f"v{self.lanes}f{8 * self.itemsize}"
+        self.stored_type = self.type  # what of a vector lies in memory
         self._fused = fused
 
     def pointer(self, address):
@@ -65,9 +75,22 @@ class Vectors:
             single, undefined, ir.Constant(ir.VectorType(_LANE, self.lanes), [0] * self.lanes)
         )
 
-    def broadcast(self, pointer):
-        """One element, loaded into every lane."""
+    def broadcast_factors(self, pointer):
+        """The factors of one product, loaded into every lane."""
         return self.splat(self.builder.load(pointer, align=self.itemsize))
+
+    def load_factors(self, pointer) -> list:
+        """The factors of as many products side by side as a tile has columns, a vector of products each."""
+        return self.load_span(pointer, [None] * CHOSEN.vectors)
+
+    def copy_factors(self, line, row_stride, rows, masks: list, copy):
+        """The first of `rows` rows, as wide as the tile, written for `load_factors`."""
+        for j, value in enumerate(self.load_span(line, masks)):
+            self.store(value, self.at(copy, index(j * self.lanes)))
+
+    def add_products(self, a, b, totals):
+        """The totals and the products of the factors a and b."""
+        return self.multiply_add(a, b, totals)
 
     def mask(self, count, first: int = 0):
         """A lane mask: lane i is on where `first + i < count`."""
@@ -76,11 +99,12 @@ class Vectors:
 
     def load(self, pointer, mask=None):
         """One vector; lanes that are off read nothing and hold zero."""
-        vector = self.builder.bitcast(pointer, self.type.as_pointer())
+        vector = self.builder.bitcast(pointer, self.stored_type.as_pointer())
         if mask is None:
             return self.builder.load(vector, align=self.itemsize)
-        function = self._declare("llvm.masked.load", self.type, [vector.type, _LANE, mask.type, self.type], ".p0")
-        return self.builder.call(function, [vector, ir.Constant(_LANE, self.itemsize), mask, self.zero()])
+        nothing = ir.Constant(self.stored_type, None)
+        arguments = [vector, ir.Constant(_LANE, self.itemsize), mask, nothing]
+        return self._call(f"llvm.masked.load.{_suffix(self.stored_type)}.p0", self.stored_type, arguments)
 
     def load_span(self, pointer, masks: list) -> list:
         """Vectors that lie side by side, one for each mask (None loads it whole)."""
@@ -88,16 +112,16 @@ class Vectors:
 
     def store(self, value, pointer, mask=None):
         """One vector; lanes that are off write nothing."""
-        vector = self.builder.bitcast(pointer, self.type.as_pointer())
+        vector = self.builder.bitcast(pointer, self.stored_type.as_pointer())
         if mask is None:
             self.builder.store(value, vector, align=self.itemsize)
-            return
-        function = self._declare("llvm.masked.store", ir.VoidType(), [self.type, vector.type, _LANE, mask.type], ".p0")
-        self.builder.call(function, [value, vector, ir.Constant(_LANE, self.itemsize), mask])
+        else:
+            arguments = [value, vector, ir.Constant(_LANE, self.itemsize), mask]
+            self._call(f"llvm.masked.store.{_suffix(self.stored_type)}.p0", ir.VoidType(), arguments)
 
     def stream(self, value, pointer):
         """One vector, written past the caches. Assumes: the pointer is a multiple of the vector's size."""
-        vector = self.builder.bitcast(pointer, self.type.as_pointer())
+        vector = self.builder.bitcast(pointer, self.stored_type.as_pointer())
         instruction = self.builder.store(value, vector, align=self.lanes * self.itemsize)
         instruction.set_metadata("nontemporal", self.builder.module.add_metadata([ir.Constant(_LANE, 1)]))
 
@@ -118,7 +142,7 @@ class Vectors:
         """a*b + c, rounded once where the target can."""
         if not self._fused:
             return self.builder.fadd(self.builder.fmul(a, b), c)
-        return self.builder.call(self._declare("llvm.fma", self.type, [self.type] * 3), [a, b, c])
+        return self._call(f"llvm.fma.{_suffix(self.type)}", self.type, [a, b, c])
 
     def in_order(self, registers: list) -> None:
         """Keeps loads that follow behind the computation of what the registers hold.
@@ -147,15 +171,121 @@ class Vectors:
         value = self.at_least(low, value)
         return self.builder.select(self.builder.fcmp_ordered(">", value, high), high, value)
 
-    def _declare(self, name: str, result, arguments, pointer_suffix: str = ""):
-        return cgutils.get_or_insert_function(
-            self.builder.module, ir.FunctionType(result, arguments), f"{name}.{self._suffix}{pointer_suffix}"
-        )
+    def _call(self, name: str, result, arguments: list):
+        function = ir.FunctionType(result, [argument.type for argument in arguments])
+        return self.builder.call(cgutils.get_or_insert_function(self.builder.module, function, name), arguments)
+
+
+class BFloat16Vectors(Vectors):
+    """The same for bfloat16, the upper half of a float32: vectors are of float32, and half as wide in memory.
+
+    A product of a matrix product takes two elements of either side, a[0]*b[0] + a[1]*b[1], as AVX512_BF16 has it in
+    one instruction, which takes what is too small for a float32's full precision for zero. Elsewhere it is two
+    multiply-adds of float32.
+    """
+
+    factors = 2
+
+    def __init__(self, builder: ir.IRBuilder, dtype: types.NumberClass, vector_bytes: int, fused: bool):
+        super().__init__(builder, dtype, vector_bytes, fused)
+        self.element, self.itemsize = ir.IntType(16), 2
+        self.stored_type = ir.VectorType(self.element, self.lanes)
+        self._words = ir.VectorType(_LANE, self.lanes)  # a pair of elements, or the bits of a float32, in each lane
+
+    def load(self, pointer, mask=None):
+        """One vector; lanes that are off read nothing and hold zero."""
+        return self._upper_halves(self._load_words(pointer, mask))
+
+    def store(self, value, pointer, mask=None):
+        """One vector, rounded to the nearest; lanes that are off write nothing."""
+        super().store(self._rounded(value), pointer, mask)
+
+    def stream(self, value, pointer):
+        """The same, written past the caches. Assumes: the pointer is a multiple of the vector's size in memory."""
+        super().stream(self._rounded(value), pointer)
+
+    def broadcast_factors(self, pointer):
+        """Two elements that lie side by side, loaded into every lane."""
+        return self.splat(self.builder.load(self.builder.bitcast(pointer, _LANE.as_pointer()), align=self.itemsize))
+
+    def load_factors(self, pointer) -> list:
+        """The factors of as many products side by side as a tile has columns, a vector of products each."""
+        line = self.builder.bitcast(pointer, self._words.as_pointer())
+        places = [self.builder.gep(line, [index(j)]) for j in range(CHOSEN.vectors)]
+        return [self.builder.load(place, align=self.itemsize) for place in places]
+
+    def copy_factors(self, line, row_stride, rows, masks: list, copy):
+        """Two rows, or one and zeros, written as pairs for `load_factors`."""
+        builder, target = self.builder, self.builder.bitcast(copy, self._words.as_pointer())
+        two = self.splat(builder.icmp_signed(">", rows, index(1)))
+        for j, mask in enumerate(masks):
+            first = self.at(line, index(j * self.lanes))
+            words = self._load_words(first, mask)
+            other = self._load_words(self.at(first, row_stride), builder.and_(mask, two))
+            pairs = builder.or_(words, builder.shl(other, self._every_lane(16)))
+            builder.store(pairs, builder.gep(target, [index(j)]), align=self.itemsize)
+
+    def add_products(self, a, b, totals):
+        """The totals and the products of the pairs a and b."""
+        builder = self.builder
+        if MULTIPLIES_BFLOAT16:
+            pairs = [builder.bitcast(side, ir.VectorType(_BFloat16(), 2 * self.lanes)) for side in (a, b)]
+            return self._call(f"llvm.x86.avx512bf16.dpbf16ps.{32 * self.lanes}", self.type, [totals, *pairs])
+        lower = self.multiply_add(self._upper_halves(a), self._upper_halves(b), totals)
+        a, b = (builder.bitcast(builder.and_(side, self._every_lane(0xFFFF0000)), self.type) for side in (a, b))
+        return self.multiply_add(a, b, lower)
+
+    def _load_words(self, pointer, mask=None):
+        """The bits of one vector, each in the lower half of a lane."""
+        return self.builder.zext(super().load(pointer, mask), self._words)
+
+    def _upper_halves(self, words):
+        """The float32 whose upper halves are the lower ones of words."""
+        return self.builder.bitcast(self.builder.shl(words, self._every_lane(16)), self.type)
+
+    def _rounded(self, value):
+        """The bits of float32 rounded to bfloat16: to the nearest, of two to the even one."""
+        builder = self.builder
+        if MULTIPLIES_BFLOAT16:
+            kind = ir.VectorType(_BFloat16(), self.lanes)
+            name = f"llvm.x86.avx512bf16.cvtneps2bf16.{32 * self.lanes}"
+            return builder.bitcast(self._call(name, kind, [value]), self.stored_type)
+        bits = builder.bitcast(value, self._words)
+        upper = builder.lshr(bits, self._every_lane(16))
+        half = builder.add(builder.and_(upper, self._every_lane(1)), self._every_lane(0x7FFF))
+        nearest = builder.lshr(builder.add(bits, half), self._every_lane(16))
+        quiet = builder.or_(upper, self._every_lane(0x40))  # the bits of a NaN are not to be added to
+        rounded = builder.select(builder.fcmp_unordered("uno", value, value), quiet, nearest)
+        return builder.trunc(rounded, self.stored_type)
+
+    def _every_lane(self, word: int):
+        return ir.Constant(self._words, [word] * self.lanes)
+
+
+class _BFloat16(ir.Type):
+    """LLVM's type of that name, which llvmlite lacks."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat16)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat16)
+
+
+def _suffix(vector: ir.VectorType) -> str:
+    """How LLVM's names of functions tell a type of vectors."""
+    letters = {ir.FloatType(): "f32", ir.DoubleType(): "f64"}
+    return f"v{vector.count}{letters.get(vector.element) or vector.element}"
 
 
 def vectors_of(builder, signature) -> Vectors:
     """The emitter for the dtype that is the first argument of an intrinsic."""
-    return Vectors(builder, signature.args[0], CHOSEN.vector_bytes, CHOSEN.fused)
+    dtype = signature.args[0]
+    kind = BFloat16Vectors if dtype.instance_type == types.uint16 else Vectors
+    return kind(builder, dtype, CHOSEN.vector_bytes, CHOSEN.fused)
 
 
 def emit_cases(builder, value, cases, emit_case) -> None:
@@ -171,6 +301,27 @@ def emit_cases(builder, value, cases, emit_case) -> None:
     builder.position_at_end(unreachable)
     builder.unreachable()
     builder.position_at_end(after)
+
+
+@intrinsic
+def infinity(typing_context, dtype):
+    """Infinity, as a bound of values of `dtype`: kernels are given bounds in what they compute in."""
+    bound = arithmetic_type(dtype)
+
+    def codegen(context, builder, signature, arguments):
+        return ir.Constant(context.get_value_type(bound), float("inf"))
+
+    return bound(dtype), codegen
+
+
+@intrinsic
+def factors(typing_context, dtype):
+    """Elements of either side that go into a product of a matrix product: a pair of bfloat16."""
+
+    def codegen(context, builder, signature, arguments):
+        return index(vectors_of(builder, signature).factors)
+
+    return types.intp(dtype), codegen
 
 
 @intrinsic

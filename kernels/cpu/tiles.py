@@ -121,5 +121,14 @@ def _l2_bytes() -> int:
         return 1 << 20
 
 
+def _multiplies_bfloat16() -> bool:
+    """Whether the CPU multiplies and adds pairs of bfloat16 in one instruction, in vectors as wide as the tile's.
+
+    LLVM ends the process at an instruction that the target lacks, so the target's features are asked.
+    """
+    return CHOSEN.name == "avx512" and "+avx512bf16" in target()[1].split(",")
+
+
 CHOSEN = _choose()
+MULTIPLIES_BFLOAT16 = _multiplies_bfloat16()
 L2_BYTES = _l2_bytes()

@@ -17,6 +17,7 @@ from . import row_stack  # noqa: F401  # before all that compiles
 from . import memory, tiers
 
 UNBOUNDED = (float("-inf"), float("inf"))
+FORWARD_HALVES: frozenset[str] = frozenset()  # that NumPy arrays come in: they come as float32
 
 
 def depthwise_forward(g: Geometry, x, kernel, bias, out, clamp=UNBOUNDED) -> None:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from fastsepconv import layout
+from fastsepconv import activations, layout
+from fastsepconv.kernels import cpu
 from fastsepconv.kernels.cpu import (
     depthwise,
     depthwise_line,
@@ -22,6 +23,7 @@ from fastsepconv.kernels.cpu import (
     tiles,
 )
 from fastsepconv.kernels.cpu.memory import share
+from fastsepconv.kernels.cpu.simd import BFLOAT16
 from fastsepconv.kernels.geometry import Geometry
 from tests.grid.cases import Case
 
@@ -30,43 +32,54 @@ TILE = tiles.CHOSEN
 
 def paths(case: Case) -> set[str]:
     """The names of the paths, forward and backward."""
-    dtype = layout.working_dtype(np.dtype(case.dtype)).type
+    dtype, forward_dtype = _dtypes(case)
     workers = min(case.threads, threads.get_num_threads())
     found = {"pool" if workers > 1 else "serial"}
     if case.batch == 0:
         return found | {"empty batch"}
     pixels = case.batch * case.image[0] * case.image[1]
     if case.operation in ("pointwise", "pointwise_depthwise"):
-        found |= _product_paths(dtype, pixels, case.channels, case.filters, workers)
+        found |= _forward_paths(forward_dtype, pixels, case.channels, case.filters, case.filters, 1, workers)
+        found |= _forward_paths(dtype, pixels, case.filters, case.channels, 1, case.filters, workers)
         found |= _gradient_paths(dtype, pixels, case.channels, case.filters)
     if case.operation == "pointwise":
         return found
     g = multiplier.single.py_func(case.geometry)
     found.add("repeated channels" if case.depth_multiplier > 1 else "plain channels")
-    found |= _depthwise_paths(dtype, g)
+    found |= _depthwise_paths(forward_dtype, g)
     if case.operation == "depthwise_pointwise":
+        found |= _forward_paths(forward_dtype, _pixels(g), g.channels, case.filters, case.filters, 1, workers)
         return found | _separable_paths(dtype, g, case.filters, workers)
     return found | _kernel_gradient_parts(dtype, g, depthwise.BAND_BYTES)
 
 
+def _dtypes(case: Case) -> tuple[type, type]:
+    """What kernels are handed backward, and forward."""
+    dtype = layout.working_dtype(np.dtype(case.dtype))
+    native = case.dtype in cpu.FORWARD_HALVES and not (case.by_arrays and activations.get(case.activation)[1])
+    return dtype.type, BFLOAT16 if native else dtype.type
+
+
+def _pixels(g: Geometry) -> int:
+    return g.batch * g.out_height * g.out_width
+
+
 def _separable_paths(dtype, g: Geometry, filters: int, workers: int) -> set[str]:
-    """Of the product within the fused operation, and of the way back."""
-    pixels = g.batch * g.out_height * g.out_width
-    forward = _forward_paths(dtype, pixels, g.channels, filters, filters, 1, workers)
+    """Of the way back through the fused operation."""
     if separable_bands.wanted(dtype, g, filters):
         at_once = images.images_at_once(dtype, g, separable_bands.D_MID_BYTES)
         found = {"backward in bands", f"backward in bands: {'parts' if at_once < g.batch else 'whole batch'}"}
-        return forward | found | _kernel_gradient_parts(dtype, g._replace(batch=at_once), separable_bands.BAND_BYTES)
+        return found | _kernel_gradient_parts(dtype, g._replace(batch=at_once), separable_bands.BAND_BYTES)
     at_once = images.images_at_once(dtype, g, separable.D_MID_BYTES)
-    part = at_once * pixels // g.batch
-    found = forward | {"backward in parts" if at_once < g.batch else "backward at once"}
+    part = at_once * _pixels(g) // g.batch
+    found = {"backward in parts" if at_once < g.batch else "backward at once"}
     found |= _forward_paths(dtype, part, filters, g.channels, 1, filters, workers, kept=at_once < g.batch)
     found |= _kernel_gradient_parts(dtype, g._replace(batch=at_once), depthwise.BAND_BYTES)
     return found | _gradient_paths(dtype, part, g.channels, filters)
 
 
 def _lanes(dtype) -> int:
-    return TILE.vector_bytes // dtype(0).itemsize
+    return TILE.vector_bytes // (4 if dtype is BFLOAT16 else dtype(0).itemsize)
 
 
 def _depthwise_paths(dtype, g: Geometry) -> set[str]:
@@ -124,15 +137,10 @@ def _kernel_gradient_parts(dtype, g: Geometry, band_bytes: int) -> set[str]:
     return parts
 
 
-def _product_paths(dtype, rows: int, depth: int, filters: int, workers: int) -> set[str]:
-    """Of y = x . kernel and of d_x = dy . kernel^T."""
-    forward = _forward_paths(dtype, rows, depth, filters, filters, 1, workers)
-    return forward | _forward_paths(dtype, rows, filters, depth, 1, filters, workers)
-
-
 def _forward_paths(
     dtype, rows: int, depth: int, filters: int, row_stride: int, column_stride: int, workers: int, kept: bool = False
 ) -> set[str]:
+    """Of a product: y = x . kernel, or d_x = dy . kernel^T."""
     width = TILE.vectors * _lanes(dtype)
     packed = kept or bool(gemm._shares_panels(dtype, rows, depth, row_stride, column_stride, workers))
     shares = gemm.shares(rows, workers, packed)
@@ -147,7 +155,7 @@ def _forward_paths(
             found |= {"product: rows of the kernel collide"} if gemm.rows_collide(dtype, row_stride) else set()
         if column_stride != 1 or filters % width:
             found.add("product: panels packed apart")
-    found |= {f"product: rows {'copied' if gemm.rows_collide(dtype, depth) else 'in place'}"}
+    found |= {f"product: rows {'copied' if pointwise._copied(dtype, depth) else 'in place'}"}
     found |= {"product: several blocks"} if gemm.block_count(dtype, depth, last - first) > 1 else set()
     found |= {f"product: {'rows' if row_parts == shares else 'filters'} split"} if workers > 1 else set()
     found |= {"product: more shares than threads"} if shares > workers else set()
@@ -155,7 +163,7 @@ def _forward_paths(
     found |= {f"product: {gemm.tile_height(left_over)} rows left over"} if left_over else set()
     found |= {"product: last tile copied"} if gemm.tile_height(left_over) > left_over > 0 else set()
     found |= {"product: columns left over"} if filters % width else set()
-    found |= {"product: products left over"} if depth % gemm_tile.UNROLL else set()
+    found |= {"product: products left over"} if gemm.products(dtype, depth) % gemm_tile.UNROLL else set()
     found |= {"product: two sums"} if depth > gemm_tile.SUMMED_AT_ONCE else set()
     found |= {"product: three sums"} if depth > 2 * gemm_tile.SUMMED_AT_ONCE else set()
     found |= {"product: past the caches"} if gemm.past_caches(dtype, rows, filters, 0) else set()

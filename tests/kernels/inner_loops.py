@@ -1,6 +1,6 @@
 """What the compiler makes of the micro-kernels' inner loops: a JSON list for each function named, for Numba's target.
 
-    python -m tests.kernels.inner_loops gemm._multiply_panel depthwise_line._slide
+    python -m tests.kernels.inner_loops float32 gemm._multiply_panel depthwise_line._slide
 
 The machine code itself is never run, so any target will do. It is not what `inspect_asm` returns: that generates code
 once more, from a module which the first time has changed already, and the registers come out otherwise.
@@ -43,7 +43,7 @@ def assembly(name: str, scalar: types.Float) -> str:
 
 
 def inner_loops(text: str) -> list[dict]:
-    """The loops without another in them that hold fused multiply-adds."""
+    """The loops without another in them that hold fused multiply-adds, of numbers or of pairs of bfloat16."""
     lines, labels, loops = text.splitlines(), {}, []
     for number, line in enumerate(lines):
         if label := re.match(r"(\.\w+):", line):
@@ -58,7 +58,7 @@ def inner_loops(text: str) -> list[dict]:
 
 def _describe(lines: list[str]) -> dict:
     instructions = [line for line in lines if re.match(r"\t[a-z]", line)]
-    fused = [line for line in instructions if re.match(r"\tvfn?madd\d+p", line)]
+    fused = [line for line in instructions if re.match(r"\t(vfn?madd\d+p|vdpbf16ps)", line)]
     return {
         "instructions": len(instructions),
         "fused": len(fused),
@@ -69,4 +69,5 @@ def _describe(lines: list[str]) -> dict:
 
 
 if __name__ == "__main__":
-    print(json.dumps({name: inner_loops(assembly(name, types.float32)) for name in sys.argv[1:]}))
+    scalar = {"float32": types.float32, "bfloat16": types.uint16}[sys.argv[1]]
+    print(json.dumps({name: inner_loops(assembly(name, scalar)) for name in sys.argv[2:]}))

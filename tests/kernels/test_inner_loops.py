@@ -33,8 +33,8 @@ pytestmark = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), r
 
 
 @functools.cache
-def loops_of(target: str) -> dict[str, list[dict]]:
-    command = [sys.executable, "-m", "tests.kernels.inner_loops", *FUNCTIONS]
+def loops_of(target: str, dtype: str = "float32", functions: tuple[str, ...] = FUNCTIONS) -> dict[str, list[dict]]:
+    command = [sys.executable, "-m", "tests.kernels.inner_loops", dtype, *functions]
     root = Path(__file__).parents[2]
     process = subprocess.run(command, cwd=root, env=environment_of(target), capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
@@ -49,6 +49,17 @@ def test_the_product_runs_at_the_speed_of_its_arithmetic(target, function):
     whole = [loop for loop in loops_of(target)[function] if loop["fused"] == turn]
     assert whole, "no loop holds the whole tile's products"
     assert max(loop["instructions"] for loop in whole) <= INSTRUCTIONS_A_PRODUCT[target] * turn
+
+
+def test_a_product_of_bfloat16_is_one_instruction_for_two_of_float32():
+    loops = loops_of("bfloat16", "bfloat16", ("gemm._multiply_panel", "depthwise_line._slide"))
+    tile = next(tile for tile in TILES if tile.name == "avx512")
+    turn = tile.rows[0] * tile.vectors * tile.unroll
+    whole = [loop for loop in loops["gemm._multiply_panel"] if loop["fused"] == turn]
+    assert whole, "no loop holds the whole tile's products"
+    assert max(loop["instructions"] for loop in whole) <= INSTRUCTIONS_A_PRODUCT["avx512"] * turn
+    for function, found in loops.items():
+        assert found and not [loop for loop in found if loop["spills"] and not loop["masked"]], function
 
 
 @pytest.mark.parametrize("target", REGISTERS)
