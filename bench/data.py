@@ -7,13 +7,16 @@ from pathlib import Path
 
 import numpy as np
 
-from .problems import BACKWARD, Layer, Problem
+from .problems import BACKWARD, BFLOAT16, Layer, Problem
 
 Arrays = dict[str, np.ndarray]
 
 
 def write(problem: Problem, folder: Path, seed: int = 0) -> None:
-    """What goes in, float32. A network's weights are left to the reference, which can build it."""
+    """What goes in, as float32, of which a layer of bfloat16 has every number.
+
+    A network's weights are left to the reference, which can build it.
+    """
     rng = np.random.default_rng([seed, zlib.crc32(problem.name.encode())])
     if isinstance(problem, Layer):
         _write_layer(problem, folder, rng)
@@ -29,9 +32,16 @@ def _write_layer(layer: Layer, folder: Path, rng: np.random.Generator) -> None:
     arrays = {"x": rng.standard_normal((*image, layer.channels), np.float32)}
     if layer.mode == BACKWARD:
         arrays["dy"] = rng.standard_normal((*image, layer.filters), np.float32)
-    save(folder / "input", arrays)
-    for index in range(layer.weight_sets):
-        save(folder / f"weights{index}", {key: _weight(rng, shape) for key, shape in layer.weight_shapes.items()})
+    sets = [{key: _weight(rng, shape) for key, shape in layer.weight_shapes.items()} for _ in range(layer.weight_sets)]
+    for name, part in (("input", arrays), *((f"weights{index}", weights) for index, weights in enumerate(sets))):
+        rounds = layer.dtype == BFLOAT16
+        save(folder / name, {key: _rounded(array) if rounds else array for key, array in part.items()})
+
+
+def _rounded(array: np.ndarray) -> np.ndarray:
+    """float32 to the nearest number of bfloat16, which is the upper half of its bits."""
+    bits = array.view(np.uint32)
+    return ((bits + np.uint32(0x7FFF) + (bits >> 16 & 1)) & np.uint32(0xFFFF0000)).view(np.float32)
 
 
 def _weight(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
@@ -53,10 +63,10 @@ def load_weights(layer: Layer, folder: Path) -> list[Arrays]:
 
 
 def save(folder: Path, arrays: Arrays) -> None:
-    """One .npy a name, in a new folder."""
+    """One .npy a name, in a new folder; bfloat16, which not every NumPy can read, as float32."""
     folder.mkdir()
     for name, array in arrays.items():
-        np.save(folder / f"{name}.npy", array)
+        np.save(folder / f"{name}.npy", array.astype(np.float32) if array.dtype.name == BFLOAT16 else array)
 
 
 def load(folder: Path) -> Arrays:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from itertools import groupby
 from pathlib import Path
 
+from .problems import FLOAT32
 from .providers import PROVIDERS
-from .results import groups, title
+from .results import dtype_of, groups, title
 
 # Okabe and Ito's colours, told apart by every kind of eye; ours is the strong one.
 COLOURS = {
@@ -24,8 +25,9 @@ def draw(run: dict, folder: Path) -> list[Path]:
     """One PNG a suite of layers in the run, a panel for each pass and batch; the paths."""
     folder.mkdir(parents=True, exist_ok=True)
     layers = [group for group in groups(run) if group[1][0]["op"] != "network"]
+    mark = "" if dtype_of(run) == FLOAT32 else f"-{dtype_of(run)}"
     return [
-        _draw_suite([records for _, records in panels], run, folder / f"{suite}.png")
+        _draw_suite([records for _, records in panels], run, folder / f"{suite}{mark}.png")
         for suite, panels in groupby(layers, key=lambda group: group[1][0]["suite"])
     ]
 
@@ -43,7 +45,9 @@ def _draw_suite(panels: list[list[dict]], run: dict, path: Path) -> Path:
         _draw_panel(axis, records, labels, run)
     keys = [Patch(color=_colour(label), label=title(label)) for label in labels]
     figure.legend(handles=keys, loc="outside upper center", ncols=len(keys), frameon=False, fontsize=9)
-    machine = f"{run['machine']['cpu']}, {run['threads']} threads, float32; medians, with the quartiles as thin lines"
+    machine = (
+        f"{run['machine']['cpu']}, {run['threads']} threads, {dtype_of(run)}; medians, with the quartiles as thin lines"
+    )
     figure.supxlabel(machine, fontsize=8, color="0.35")
     figure.savefig(path, dpi=150)
     return path

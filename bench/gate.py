@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 
 from . import data
-from .problems import PREDICT, TRAIN, Layer, Problem
+from .problems import BFLOAT16, PREDICT, TRAIN, Layer, Problem
 
 # Largest error over largest value of the float64 reference, tensor by tensor, for one float32 layer. The gradients of
 # a 147x147 image sum 172872 products at batch 8, which costs every provider about 1e-5; half precision costs 1e-3.
 LAYER_BOUND = 5e-5
+# The same in bfloat16, where a rounding costs up to 2^-8 of a number: between two steps, and that of the result.
+HALF_BOUND = 2.0**-6
 # The same for a network's outputs in inference mode.
 OUTPUT_BOUND = 1e-4
 # For a train step the norm of the error over the norm of the reference. Float32 flips some of the ReLUs that float64
@@ -24,7 +26,7 @@ TINY = 1e-30
 def bound(problem: Problem) -> float:
     """The largest error that is let through."""
     if isinstance(problem, Layer):
-        return LAYER_BOUND
+        return HALF_BOUND if problem.dtype == BFLOAT16 else LAYER_BOUND
     return OUTPUT_BOUND if problem.mode == PREDICT else TRAIN_BOUND
 
 

@@ -10,6 +10,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from .problems import FLOAT32
+
 FEATURES = ("avx", "avx2", "fma", "avx512f", "avx512bw", "avx512_bf16", "avx512_vnni", "amx_tile", "asimd", "sve")
 
 
@@ -47,9 +49,9 @@ def process_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / _ticks() if fields else 0.0
 
 
-def fma_peak(threads: int) -> dict[str, float]:
-    """GFLOP/s of float32 fused multiply-adds, by the number of threads; measured now, in a process of its own."""
-    command = [sys.executable, str(Path(__file__).with_name("peak.py")), str(threads)]
+def peak(threads: int, dtype: str = FLOAT32) -> dict[str, float]:
+    """GFLOP/s of a dtype's multiply-adds, by the number of threads; measured now, in a process of its own."""
+    command = [sys.executable, str(Path(__file__).with_name("peak.py")), str(threads), dtype]
     environment = os.environ | {"NUMBA_NUM_THREADS": str(threads)}
     answer = subprocess.run(
         command, capture_output=True, text=True, check=True, env=environment, cwd=tempfile.gettempdir()

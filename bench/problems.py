@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 
 FORWARD, BACKWARD, PREDICT, TRAIN = "forward", "backward", "predict", "train"
+FLOAT32, BFLOAT16 = "float32", "bfloat16"
 # At batch 1 a layer alone would find its weights in the cores' L2, where a network never finds them: rotate among
 # this many bytes of weights, within this many copies.
 ROTATED_BYTES, MAX_WEIGHT_SETS = 64 << 20, 16
@@ -18,7 +19,7 @@ ROTATED_BYTES, MAX_WEIGHT_SETS = 64 << 20, 16
 
 @dataclass(frozen=True)
 class Layer:
-    """One convolution, SAME, stride 1: x `[N,size,size,C]` -> y `[N,size,size,F]`, float32.
+    """One convolution, SAME, stride 1: x `[N,size,size,C]` -> y `[N,size,size,F]`, all of `dtype`.
 
     `mode` "forward" returns y; "backward" runs forward and backward and returns y and every gradient.
     `uses` tells how often the layer occurs in its network. With `weight_sets` > 1, call i takes weight set
@@ -36,6 +37,7 @@ class Layer:
     bias: bool = False
     uses: int = 1
     weight_sets: int = 1
+    dtype: str = FLOAT32
 
     @property
     def shape(self) -> str:
@@ -45,7 +47,7 @@ class Layer:
     @property
     def name(self) -> str:
         parts = [self.suite, self.shape, f"batch{self.batch}", self.mode]
-        return "/".join(parts + ["rotated"] * (self.weight_sets > 1))
+        return "/".join(parts + ["rotated"] * (self.weight_sets > 1) + [self.dtype] * (self.dtype != FLOAT32))
 
     @property
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -78,6 +80,7 @@ class Network:
     batch: int
     mode: str
     op: str = "network"
+    dtype: str = FLOAT32
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -152,16 +155,19 @@ NETWORKS = {
 
 def rotated(layer: Layer) -> Layer:
     """The same layer with its weights taken in turn from several sets."""
-    weight_bytes = 4 * sum(_product(shape) for shape in layer.weight_shapes.values())
+    itemsize = 4 if layer.dtype == FLOAT32 else 2
+    weight_bytes = itemsize * sum(_product(shape) for shape in layer.weight_shapes.values())
     return replace(layer, weight_sets=max(2, min(MAX_WEIGHT_SETS, -(-ROTATED_BYTES // weight_bytes))))
 
 
-def layers(suite: str, batches: Iterable[int] | None = None, modes: Iterable[str] | None = None) -> list[Layer]:
+def layers(
+    suite: str, batches: Iterable[int] | None = None, modes: Iterable[str] | None = None, dtype: str = FLOAT32
+) -> list[Layer]:
     """The layers of a suite, by pass, by batch (each suite's own batches by default), then in network order."""
     problems = []
     for mode in modes or (FORWARD, BACKWARD):
         for batch in batches or BATCHES[suite]:
-            hot = [replace(layer, batch=batch, mode=mode) for layer in SHAPES[suite]]
+            hot = [replace(layer, batch=batch, mode=mode, dtype=dtype) for layer in SHAPES[suite]]
             problems += hot
             if batch == 1:
                 problems += [rotated(layer) for layer in hot]

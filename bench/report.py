@@ -12,13 +12,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from . import results
+from .problems import BFLOAT16, FLOAT32
 from .providers import PROVIDERS, Entry
 from .race import DISTURBED
-from .results import groups, share_of_peak, title
+from .results import dtype_of, groups, share_of_peak, title
 from .stats import geometric_mean
 
 LOSSES_IN_README = 12
 FROZEN = "fastsepconv-frozen"
+_PEAKS = {FLOAT32: "fused multiply-add", BFLOAT16: "bfloat16 multiply-add"}
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
 
@@ -113,7 +115,7 @@ def _machine_line(run: dict) -> str:
     facts = [
         f"{machine['cpu']}, {machine['cores']} cores ({', '.join(machine.get('features', []))}; {caches})",
         f"{run['threads']} threads for every provider",
-        "measured fused multiply-add peak " + ", ".join(f"{rate:.0f} GFLOP/s ({n})" for n, rate in peak.items()),
+        f"measured {_PEAKS[dtype_of(run)]} peak " + ", ".join(f"{rate:.0f} GFLOP/s ({n})" for n, rate in peak.items()),
         f"{machine['system']}, Python {machine['python']}, " + ", ".join(f"{n} {v}" for n, v in versions.items()),
         _commits(run),
         f"governor {machine['governor']}" if "governor" in machine else "",

@@ -13,7 +13,7 @@ from statistics import median
 
 from . import gate, machine, revision, stats
 from .instrument import Check
-from .problems import Problem, to_dict
+from .problems import FLOAT32, Problem, to_dict
 from .providers import PROVIDERS
 from .race import Arena, Budget, Result
 
@@ -21,11 +21,12 @@ OURS = "fastsepconv"
 FORMAT = 1
 
 
-def begin(arena: Arena, peak: dict[str, float]) -> dict:
-    """A run without problems yet."""
+def begin(arena: Arena, peak: dict[str, float], dtype: str = FLOAT32) -> dict:
+    """A run without problems yet, which are of one dtype; the peak is that dtype's."""
     return {
         **_circumstances(arena.threads, arena.budget),
         "seed": arena.seed,
+        "dtype": dtype,
         "peak_gflops": peak,
         "versions": arena.versions,
         "absent": arena.absent,
@@ -109,6 +110,7 @@ def merge(documents: list[dict]) -> dict:
             _expect_same(fact, merged[fact], document[fact])
     for run in runs[1:]:
         _expect_same("baseline", merged["baseline"], run["baseline"])
+        _expect_same("dtype", dtype_of(merged), dtype_of(run))
         for label in run["versions"].keys() & merged["versions"].keys():
             _expect_same(f"{label} versions", merged["versions"][label], run["versions"][label])
         merged["versions"] = merged["versions"] | run["versions"]
@@ -125,6 +127,11 @@ def _expect_same(fact: str, first, second) -> None:
         raise ValueError(
             f"Invalid value for argument `runs`. Expected the same {fact} in all. Received: {first} and {second}"
         )
+
+
+def dtype_of(run: dict) -> str:
+    """What its problems are of: float32 in a run that does not tell."""
+    return run.get("dtype", FLOAT32)
 
 
 def share_of_peak(entry: dict, run: dict) -> float:

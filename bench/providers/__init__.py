@@ -26,12 +26,17 @@ class Entry:
     apart: bool = False  # shown with the others, but no part of their ratios
     inference_only: bool = False
     ops: tuple[str, ...] = ("separable", "depthwise", "pointwise", "network")
+    dtypes: tuple[str, ...] = ("float32",)
 
 
+_BOTH, _LAYERS = ("float32", "bfloat16"), ("separable", "depthwise", "pointwise")
 PROVIDERS = {
-    "fastsepconv": Entry("tensorflow", "fastsepconv", "fastsepconv, op in tf.function", {"ours": True}),
-    "tensorflow": Entry("tensorflow", "tensorflow", "TensorFlow graph", {"ours": False}),
-    "torch": Entry("torch", "torch", "PyTorch, channels_last", ops=("separable", "depthwise", "pointwise")),
+    "fastsepconv": Entry("tensorflow", "fastsepconv", "fastsepconv, op in tf.function", {"ours": True}, dtypes=_BOTH),
+    "tensorflow": Entry("tensorflow", "tensorflow", "TensorFlow graph", {"ours": False}, dtypes=_BOTH),
+    "fastsepconv-float32": Entry(
+        "tensorflow", "fastsepconv", "fastsepconv in float32", {"ours": True, "dtype": "float32"}, dtypes=("bfloat16",)
+    ),
+    "torch": Entry("torch", "torch", "PyTorch, channels_last", ops=_LAYERS, dtypes=_BOTH),
     "onnxruntime": Entry("onnxruntime", "onnxruntime", "ONNX Runtime", inference_only=True),
     "openvino": Entry("openvino", "openvino", "OpenVINO", inference_only=True),
     "tensorflow-frozen": Entry(
@@ -40,10 +45,8 @@ PROVIDERS = {
     "fastsepconv-frozen": Entry(
         "frozen", "fastsepconv", "fastsepconv.freeze", {"ours": True}, apart=True, inference_only=True, ops=("network",)
     ),
-    "fastsepconv-arrays": Entry(
-        "arrays", "fastsepconv", "fastsepconv, NumPy arrays", apart=True, ops=("separable", "depthwise", "pointwise")
-    ),
-    "reference": Entry("reference", "fastsepconv", "float64 reference", apart=True),
+    "fastsepconv-arrays": Entry("arrays", "fastsepconv", "fastsepconv, NumPy arrays", apart=True, ops=_LAYERS),
+    "reference": Entry("reference", "fastsepconv", "float64 reference", apart=True, dtypes=_BOTH),
 }
 RACERS = [name for name in PROVIDERS if name != "reference"]
 
@@ -51,4 +54,5 @@ RACERS = [name for name in PROVIDERS if name != "reference"]
 def takes(provider: str, problem) -> bool:
     """Whether a provider has such problems at all."""
     entry = PROVIDERS[provider]
-    return problem.op in entry.ops and not (entry.inference_only and problem.mode in ("backward", "train"))
+    fits = problem.op in entry.ops and problem.dtype in entry.dtypes
+    return fits and not (entry.inference_only and problem.mode in ("backward", "train"))

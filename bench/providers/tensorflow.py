@@ -12,10 +12,10 @@ from . import Unsupported
 
 
 class Provider:
-    def __init__(self, threads: int, ours: bool):
+    def __init__(self, threads: int, ours: bool, dtype: str | None = None):
         tf.config.threading.set_intra_op_parallelism_threads(threads)
         tf.config.threading.set_inter_op_parallelism_threads(threads)
-        self.ours = ours
+        self.ours, self.dtype = ours, dtype  # None for the problem's own
         self.ops = _our_ops() if ours else _stock_ops()
         self.versions = {"tensorflow": tf.__version__}
         if ours:
@@ -36,10 +36,11 @@ class Provider:
     def _layer(self, layer: Layer, folder: Path):
         if layer.op not in self.ops:
             raise Unsupported(f"no {layer.op} operation")
-        arrays = {name: tf.constant(array) for name, array in data.load_input(folder).items()}
+        dtype = self.dtype or layer.dtype
+        arrays = {name: tf.cast(array, dtype) for name, array in data.load_input(folder).items()}
         build = _forward_step if layer.mode == FORWARD else _backward_step
         sets = [
-            {name: tf.Variable(array) for name, array in weights.items()}
+            {name: tf.Variable(tf.cast(array, dtype)) for name, array in weights.items()}
             for weights in data.load_weights(layer, folder)
         ]
         steps = [build(self.ops[layer.op], weights, arrays) for weights in sets]

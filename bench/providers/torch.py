@@ -21,9 +21,10 @@ class Provider:
     def prepare(self, problem: Problem, folder: Path):
         if not isinstance(problem, Layer):
             raise Unsupported("raced on single layers only")
-        arrays = {name: _images(array) for name, array in data.load_input(folder).items()}
+        dtype = getattr(torch, problem.dtype)
+        arrays = {name: _images(array).to(dtype) for name, array in data.load_input(folder).items()}
         sets = [
-            {name: _parameter(name, array) for name, array in weights.items()}
+            {name: _parameter(name, torch.from_numpy(array).to(dtype)) for name, array in weights.items()}
             for weights in data.load_weights(problem, folder)
         ]
         build = _forward_step if problem.mode == FORWARD else _backward_step
@@ -38,8 +39,7 @@ def _images(array: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(array).permute(0, 3, 1, 2)
 
 
-def _parameter(name: str, array: np.ndarray) -> torch.nn.Parameter:
-    tensor = torch.from_numpy(array)
+def _parameter(name: str, tensor: torch.Tensor) -> torch.nn.Parameter:
     if name == "depthwise":
         tensor = tensor.permute(2, 3, 0, 1)  # [R,S,C,1] -> [C,1,R,S]
     elif name == "pointwise":
@@ -51,7 +51,7 @@ def _parameter(name: str, array: np.ndarray) -> torch.nn.Parameter:
 
 def _as_numpy(name: str, tensor: torch.Tensor) -> np.ndarray:
     order = {"d_depthwise": (2, 3, 0, 1), "d_pointwise": (2, 3, 1, 0), "d_bias": (0,)}.get(name, (0, 2, 3, 1))
-    return np.ascontiguousarray(tensor.detach().permute(order).numpy())
+    return np.ascontiguousarray(tensor.detach().permute(order).float().numpy())
 
 
 def _apply(x, depthwise=None, pointwise=None, bias=None):

@@ -28,7 +28,7 @@ class Races:
         """The problem's record, and each provider's times."""
         if self.arena is None:
             threads = machine.available_cores()
-            peak = machine.fma_peak(threads)
+            peak = machine.peak(threads)
             self.arena = Arena(self.labels, threads, self.budget).__enter__()
             self.run = results.begin(self.arena, peak)
         if self.latest[0].get("name") != problem.name:

@@ -10,6 +10,8 @@ from typing import Any
 
 from fastsepconv.bench.problems import (
     BACKWARD,
+    BFLOAT16,
+    FLOAT32,
     FORWARD,
     NETWORKS,
     SHAPES,
@@ -43,6 +45,7 @@ EXAMPLES = (
     "fastsepconv bench",
     "fastsepconv bench --problems tutorial --batch 64 --pass forward backward",
     "fastsepconv bench --only 19x19x728 --providers fastsepconv tensorflow torch",
+    "fastsepconv bench --dtype bfloat16",
     "fastsepconv bench --network xception --save run.json",
     "fastsepconv bench --check --save check.json",
     "python -m fastsepconv.bench.report run.json check.json",
@@ -75,6 +78,12 @@ def add_parser(subparsers: Any) -> None:
         help="forward, backward (forward and every gradient; a network's train step) (default: forward for layers, "
         "both for networks)",
     )
+    command.add_argument(
+        "--dtype",
+        choices=(FLOAT32, BFLOAT16),
+        default=FLOAT32,
+        help="of the layers (default: float32); whole networks are float32",
+    )
     command.add_argument("--only", metavar="TEXT", help="keep the problems whose name holds TEXT; see --list")
     command.add_argument(
         "--providers",
@@ -101,6 +110,8 @@ def run(args: argparse.Namespace) -> int:
         names = [problem.name for problem in problems]
         print(json.dumps({"problems": names}, indent=2) if args.json else "\n".join(names))
         return OK
+    if args.network and args.dtype != FLOAT32:
+        raise CommandError(f"Expected layers alone, or --dtype {FLOAT32}. Received: --network", USAGE)
     if not problems:
         raise CommandError("Expected at least one problem. Received: a selection that leaves none (see --list)", USAGE)
     if args.save and not args.save.parent.is_dir():
@@ -118,7 +129,7 @@ def selected(args: argparse.Namespace) -> list[Problem]:
     suites = args.problems or ([] if args.network else ["xception"])
     found: list[Problem] = []
     for suite in suites:
-        found += layers(suite, args.batch, args.modes or [FORWARD])
+        found += layers(suite, args.batch, args.modes or [FORWARD], args.dtype)
     for name in args.network or []:
         found += networks(name, args.batch, args.modes)
     return [problem for problem in found if not args.only or args.only in problem.name]
@@ -130,10 +141,10 @@ def _race(args: argparse.Namespace, problems: list[Problem]) -> int:
 
     threads = args.threads or machine.available_cores()
     say = _printer(args.json)
-    peak = machine.fma_peak(threads)
+    peak = machine.peak(threads, args.dtype)
     providers = [name for name in args.providers if any(takes(name.split("#")[0], problem) for problem in problems)]
     with Arena(providers, threads, Budget(args.seconds, args.rounds), args.seed) as arena:
-        document = results.begin(arena, peak)
+        document = results.begin(arena, peak, args.dtype)
         say(f"{document['machine']['cpu']}, {threads} threads, peak {peak[str(threads)]:.0f} GFLOP/s")
         minutes = len(problems) * (SECONDS_TO_PREPARE + 1.3 * len(arena.versions) * args.seconds) / 60
         say(f"{len(problems)} problems, about {max(1, round(minutes))} min")
@@ -144,7 +155,7 @@ def _race(args: argparse.Namespace, problems: list[Problem]) -> int:
             document["problems"].append(results.record(problem, arena, raced, document["baseline"]))
             for line in report.problem_lines(document["problems"][-1], document):
                 say(line)
-    document["peak_gflops"] = machine.higher(peak, machine.fma_peak(threads))
+    document["peak_gflops"] = machine.higher(peak, machine.peak(threads, args.dtype))
     for line in ["", *report.summary_lines(document)]:
         say(line)
     _deliver(args, document)

@@ -35,6 +35,11 @@ def test_problems_are_selected_by_suite_batch_pass_and_name(capsys):
     ]
 
 
+def test_layers_of_bfloat16_have_its_name(capsys):
+    names = listed(capsys, "--dtype", "bfloat16", "--only", "19x19x728-728", "--batch", "8")
+    assert names == ["xception/19x19x728-728/batch8/forward/bfloat16"]
+
+
 def test_networks_are_raced_instead_of_layers(capsys):
     assert listed(capsys, "--network", "tutorial", "--batch", "64") == [
         "tutorial-network/batch64/predict",
@@ -53,7 +58,14 @@ def test_a_wrong_command_line_ends_with_2(arguments, capsys):
     assert arguments[0] in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [["--only", "nothing has this name"], ["--save", "/nowhere/run.json"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--only", "nothing has this name"],
+        ["--save", "/nowhere/run.json"],
+        ["--network", "tutorial", "--dtype", "bfloat16"],
+    ],
+)
 def test_a_selection_that_cannot_be_served_ends_with_2(arguments, capsys):
     assert cli.main(["bench", *arguments]) == 2
     assert "Expected" in capsys.readouterr().err
@@ -74,6 +86,20 @@ def test_a_race_is_printed_saved_and_given_as_json(capsys, tmp_path):
     saved = results.load(tmp_path / "run.json")
     assert len(saved["problems"]) == 2
     assert saved["code"] == revision.describe()
+
+
+def test_a_race_of_bfloat16_holds_tensorflow_and_float32_beside_it(capsys):
+    arguments = ["--problems", "tutorial", "--only", f"{SMALLEST}/bf", "--dtype", "bfloat16", *QUICKLY, "--json"]
+    providers = ["fastsepconv", "fastsepconv-float32", "tensorflow", "onnxruntime", "fastsepconv-arrays"]
+    assert cli.main(["bench", *arguments, "--providers", *providers]) == 0
+    document = json.loads(capsys.readouterr().out)
+    (record,) = document["problems"]
+    assert document["dtype"] == record["dtype"] == "bfloat16"
+    found = record["providers"]
+    assert found.keys() == set(providers[:3]), "the others have no bfloat16"
+    assert {entry["status"] for entry in found.values()} == {"timed"}
+    errors = {label: entry["largest_error"] for label, entry in found.items()}
+    assert errors["fastsepconv-float32"] < 1e-5 < 1e-4 < errors["fastsepconv"] < record["error_bound"]
 
 
 def test_pytest_benchmark_is_given_the_times_of_the_race(tmp_path):

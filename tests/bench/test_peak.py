@@ -14,9 +14,16 @@ from fastsepconv.bench import machine, peak
 
 from ..targets import environment_of
 
+PAIRS = [
+    False,
+    pytest.param(
+        True, marks=pytest.mark.skipif(not peak.multiplies_pairs("bfloat16"), reason="the CPU has no AVX512_BF16")
+    ),
+]
 
-def compiled(lanes, chains):
-    loop = peak._fma_loop(lanes, chains)
+
+def compiled(lanes, chains, pairs=False):
+    loop = peak._fma_loop(lanes, chains, pairs)
 
     @numba.njit
     def run(address, steps):
@@ -25,23 +32,28 @@ def compiled(lanes, chains):
     return run
 
 
+@pytest.mark.parametrize("pairs", PAIRS)
 @pytest.mark.parametrize("steps", [1, 2, 1000])
-def test_every_chain_takes_every_step(steps):
+def test_every_chain_takes_every_step(steps, pairs):
     lanes, chains = peak.vector_shape()
     buffer = np.full(peak.BUFFER_VECTORS * lanes, 0.5, np.float32)
+    if pairs:
+        buffer.view(np.uint16)[:] = 0x3F00  # 0.5 in either half of a lane
     start = sum(range(chains))
-    assert compiled(lanes, chains)(buffer.ctypes.data, steps) == start + chains * steps * 0.25
+    products = chains * steps * 0.25 * (1 + pairs)
+    assert compiled(lanes, chains, pairs)(buffer.ctypes.data, steps) == start + products
 
 
-def test_the_loop_is_one_instruction_a_chain_and_spills_nothing():
+@pytest.mark.parametrize("pairs", PAIRS)
+def test_the_loop_is_one_instruction_a_chain_and_spills_nothing(pairs):
     lanes, chains = peak.vector_shape()
-    run = compiled(lanes, chains)
+    run = compiled(lanes, chains, pairs)
     run(np.ones(peak.BUFFER_VECTORS * lanes, np.float32).ctypes.data, 1)
     (assembly,) = run.inspect_asm().values()
     if lanes == 4:
         pytest.skip("the target has no vfmadd instructions")
     register = {16: "zmm", 8: "ymm"}[lanes]
-    fused = re.findall(rf"vfmadd\d+ps\s+.*%{register}\d+", assembly)
+    fused = re.findall(rf"{'vdpbf16ps' if pairs else r'vfmadd[0-9]+ps'}\s+.*%{register}\d+", assembly)
     assert fused and len(fused) % chains == 0, "in the function, and again where a wrapper inlines it"
     assert not any("(%rsp)" in line for line in fused)
 
@@ -54,7 +66,7 @@ def test_the_vectors_are_those_of_the_target():
 
 
 def test_the_peak_is_told_for_one_thread_and_for_all():
-    measured = machine.fma_peak(2)
+    measured = machine.peak(2)
     assert measured.keys() == {"1", "2"} and min(measured.values()) > 0
     assert machine.higher({"1": 2.0, "2": 3.0}, {"1": 1.0, "2": 4.0}) == {"1": 2.0, "2": 4.0}
 
