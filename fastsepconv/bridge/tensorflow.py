@@ -144,8 +144,11 @@ def _forward(x: tf.Tensor) -> Callable[..., tf.Tensor]:
 
 def _takes(half: tf.DType) -> bool:
     """Whether the ops take tensors of a half type as they are: where no GPU is that TensorFlow may run them on."""
-    native = half.name in cpu.FORWARD_HALVES and _implementation()[0] == "c-api"
-    return native and dispatch.kernels() is cpu and not tf.config.list_logical_devices("GPU")
+    if half.name not in cpu.FORWARD_HALVES or _implementation()[0] != "c-api" or dispatch.kernels() is not cpu:
+        return False
+    from .tensorflow_registration import CARD  # which needs the C API
+
+    return not tf.config.list_logical_devices(CARD)
 
 
 def _runs_on_card(x: tf.Tensor) -> bool:
