@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 TARGETS = {
     "avx512": {
@@ -22,3 +25,15 @@ def environment_of(target: str) -> dict[str, str]:
     """This process's environment, but for a target's choice of tile in the place of any other."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("FASTSEPCONV_TILE", "NUMBA_CPU"))}
     return kept | TARGETS[target]
+
+
+def run_again(file: str, target: str, but: str) -> None:
+    """Runs a file's tests, all but the one of that name, in a process that compiles for a target."""
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
+    process = subprocess.run(
+        [*command, "--deselect", f"{Path(file).relative_to(root)}::{but}"],
+        cwd=root, env=environment_of(target), capture_output=True, text=True,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert " passed" in process.stdout

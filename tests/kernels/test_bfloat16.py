@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import ml_dtypes
 import numpy as np
 import pytest
@@ -14,7 +10,7 @@ from fastsepconv.kernels import cpu, reference
 from fastsepconv.kernels.cpu import gemm, packing, separable, threads, tiles
 from fastsepconv.kernels.cpu.simd import BFLOAT16
 from fastsepconv.kernels.geometry import resolve
-from tests.targets import environment_of
+from tests.targets import run_again
 
 from .test_cpu import OPERATIONS, Buffers, drawn_geometry, operands
 from .test_fused_forward import pack
@@ -135,14 +131,7 @@ def test_ties_are_rounded_to_even_and_what_is_too_large_to_infinity():
 @pytest.mark.parametrize("target", ["avx2", "portable"])
 def test_on_every_tile(target):
     """The tests above, in a process that compiles for a CPU without instructions for bfloat16."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    root = Path(__file__).parents[2]
-    process = subprocess.run(
-        [*command, "--deselect", f"{Path(__file__).relative_to(root)}::test_on_every_tile"],
-        cwd=root, env=environment_of(target), capture_output=True, text=True,
-    )  # fmt: skip
-    assert process.returncode == 0, process.stdout + process.stderr
-    assert " passed" in process.stdout
+    run_again(__file__, target, but="test_on_every_tile")
 
 
 def test_is_handed_over_as_it_is_where_the_cpu_multiplies_it():

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -13,7 +9,7 @@ from fastsepconv.kernels import reference
 from fastsepconv.kernels.cpu import depthwise, gemm, packing, pointwise, separable, threads
 from fastsepconv.kernels.cpu.jit import kernel
 from fastsepconv.kernels.geometry import resolve
-from tests.targets import environment_of
+from tests.targets import run_again
 from tests.tolerances import assert_close
 
 from .test_cpu import OPERATIONS, Buffers, drawn_geometry, operands
@@ -121,11 +117,4 @@ def test_a_relu_of_x_keeps_nan_and_infinity(operation, rng):
 @pytest.mark.parametrize("target", ["avx2", "portable"])
 def test_on_every_tile(target):
     """The tests above, in a process that compiles for another CPU."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    root = Path(__file__).parents[2]
-    process = subprocess.run(
-        [*command, "--deselect", f"{Path(__file__).relative_to(root)}::test_on_every_tile"],
-        cwd=root, env=environment_of(target), capture_output=True, text=True,
-    )  # fmt: skip
-    assert process.returncode == 0, process.stdout + process.stderr
-    assert " passed" in process.stdout
+    run_again(__file__, target, but="test_on_every_tile")
