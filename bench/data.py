@@ -34,8 +34,7 @@ def _write_layer(layer: Layer, folder: Path, rng: np.random.Generator) -> None:
         arrays["dy"] = rng.standard_normal((*image, layer.filters), np.float32)
     sets = [{key: _weight(rng, shape) for key, shape in layer.weight_shapes.items()} for _ in range(layer.weight_sets)]
     for name, part in (("input", arrays), *((f"weights{index}", weights) for index, weights in enumerate(sets))):
-        rounds = layer.dtype == BFLOAT16
-        save(folder / name, {key: _rounded(array) if rounds else array for key, array in part.items()})
+        save(folder / name, {key: _rounded(array) for key, array in part.items()} if layer.dtype == BFLOAT16 else part)
 
 
 def _rounded(array: np.ndarray) -> np.ndarray:

@@ -176,7 +176,9 @@ def _convolve(kind: str, operands: dict, bias, attributes: tuple, data_format: s
     if dtype in _HALF and not _takes(dtype):
         tensors = [tf.cast(tensor, tf.float32) for tensor in tensors]
         bias = None if bias is None else tf.cast(bias, tf.float32)
-    y = tf.cast(_forward(tensors[0])(kind, tensors, bias, attributes), dtype)
+    y = _forward(tensors[0])(kind, tensors, bias, attributes)
+    if y.dtype is not dtype:
+        y = tf.cast(y, dtype)
     return tf.transpose(y, (0, 3, 1, 2)) if channels_first else y
 
 
