@@ -221,7 +221,7 @@ def register() -> CApi:
     for name, definition in DEFINITIONS.items():
         if op_def_registry.get(name) is None:  # to define an op twice ends the process
             _register_op(api, name, definition)
-            for code, dtype in (FORWARD_DTYPES if definition.infer_shape else DTYPES).items():
+            for code, dtype in (DTYPES if name.endswith("Grad") else FORWARD_DTYPES).items():
                 function = functools.partial(compile_op, name, dtype)
                 register_kernel(api, name, HOST, code, _compute, function)
     return api
