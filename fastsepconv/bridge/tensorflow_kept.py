@@ -12,7 +12,7 @@ import numpy as np
 from ..kernels.cpu import atomics, gemm, scratch
 from ..kernels.cpu.atomics import WORD_SIZE
 from ..kernels.cpu.jit import kernel
-from ..kernels.cpu.memory import view
+from ..kernels.cpu.memory import size_of, view
 from . import tensorflow_capi as tf
 from . import tensorflow_state as word
 
@@ -47,7 +47,7 @@ def _pack(dtype, words, context, index, source, depth, filters, threads):
     if not held:
         words[word.TENSOR] = 0
         return 0
-    panels = scratch.allocate(gemm.packed_length(dtype, depth, filters) * np.empty(0, dtype).itemsize)
+    panels = scratch.allocate(gemm.packed_length(dtype, depth, filters) * size_of(dtype))
     if panels != 0:
         words[word.ADDRESS] = source
         gemm.pack(dtype, threads, depth, filters, source, filters, 1, panels)

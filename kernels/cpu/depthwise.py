@@ -15,12 +15,10 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
-
 from .depthwise_line import inside, line_span, slides
 from .depthwise_tiles import SLIDING_TAPS, correlate_rows, correlate_tile
 from .jit import entry, kernel
-from .memory import ceil_div, share, view
+from .memory import ceil_div, share, size_of, view
 from .multiplier import repeat_channels, repeated_length, single, sum_repeated
 from .pointwise import add_groups, column_sums
 from .pool import compiled_once, parallel_kernel
@@ -37,7 +35,7 @@ CORRELATED_CHANNELS = 256  # what so many channels of a line are read for, tap b
 @kernel
 def _forward_span(dtype, g, c, count, n, p, q_first, q_last, x, x_low, kernel, bias, y, y_pixel, low, high):
     """Channels c .. c + count of output pixels q_first..q_last of line p of image n, from address y on."""
-    itemsize = np.empty(0, dtype).itemsize
+    itemsize = size_of(dtype)
     line = g.width * g.channels
     top = p * g.stride_height - g.pad_top
     r_first, r_last = inside(top, g.dilation_height, g.kernel_height, g.height)
@@ -55,7 +53,7 @@ def _forward_span(dtype, g, c, count, n, p, q_first, q_last, x, x_low, kernel, b
 def channel_block(dtype, pixels):
     """Channels taken at once: so many that `pixels` pixels, which consecutive lines read again, are still in L1."""
     least = CHOSEN.span * lanes(dtype)
-    return max(1, LINES_BYTES // max(1, pixels * least * np.empty(0, dtype).itemsize)) * least
+    return max(1, LINES_BYTES // max(1, pixels * least * size_of(dtype))) * least
 
 
 @kernel
@@ -77,7 +75,7 @@ def forward_pixels(dtype, g, c_first, c_last, first, last, x, x_low, kernel, bia
 
     y is the address of channel 0 of the first pixel. Assumes: g.multiplier is 1.
     """
-    itemsize = np.empty(0, dtype).itemsize
+    itemsize = size_of(dtype)
     step = channel_block(dtype, g.width * g.kernel_height)
     line = first // g.out_width
     first_n, first_p, first_q = line // g.out_height, line % g.out_height, first % g.out_width
@@ -105,7 +103,7 @@ def forward_single(dtype, worker, workers, g, x, x_low, kernel, bias, y, low, hi
 
     Parallel over: output lines.
     """
-    itemsize = np.empty(0, dtype).itemsize
+    itemsize = size_of(dtype)
     first, last = share(g.batch * g.out_height, worker, workers)
     step = _band(g.out_width, g.channels, itemsize)
     for line in range(first, last, step):
@@ -136,7 +134,7 @@ def _taps_reaching(position, stride, dilation, taps):
 @kernel
 def _input_line(dtype, g, c, count, n, h, kernel, dy, d_x):
     """Channels c .. c + count of line h of image n of d_x: one pass a column phase of the stride, no tap wasted."""
-    itemsize = np.empty(0, dtype).itemsize
+    itemsize = size_of(dtype)
     low, high = -infinity(dtype), infinity(dtype)
     line = g.out_width * g.channels
     r, r_step, r_count, p, p_step = _taps_reaching(h + g.pad_top, g.stride_height, g.dilation_height, g.kernel_height)
@@ -174,7 +172,7 @@ def input_gradient(dtype, worker, workers, g, kernel, dy, d_x):
     Parallel over: input lines.
     """
     first, last = share(g.batch * g.height, worker, workers)
-    band = _band(g.width, g.channels, np.empty(0, dtype).itemsize)
+    band = _band(g.width, g.channels, size_of(dtype))
     for line in range(first, last, band):
         input_lines(dtype, g, line, min(line + band, last), kernel, dy, d_x)
 
@@ -190,7 +188,7 @@ def _correlate_columns(
     """
     if p_first >= p_last or q_first >= q_last:
         return
-    itemsize = np.empty(0, dtype).itemsize
+    itemsize = size_of(dtype)
     channels = g.channels
     row, column = p_first * g.stride_height + r * g.dilation_height - g.pad_top, q_first * g.stride_width
     column += s * g.dilation_width - g.pad_left
@@ -285,7 +283,7 @@ def _correlate(dtype, g, n_first, n_last, p_first, p_last, x, dy, d_kernel):
 @kernel
 def lines_at_once(dtype, g, size):
     """Output lines that fit into `size` bytes together with those of x that they are made of."""
-    line_bytes = (g.width * g.stride_height + g.out_width) * g.channels * np.empty(0, dtype).itemsize
+    line_bytes = (g.width * g.stride_height + g.out_width) * g.channels * size_of(dtype)
     return max(1, size // max(1, line_bytes))
 
 
@@ -317,7 +315,7 @@ def _kernel_gradient(dtype, worker, workers, g, x, dy, sums):
 
     Parallel over: a fixed number of groups of output lines.
     """
-    itemsize = np.empty(0, dtype).itemsize
+    itemsize = size_of(dtype)
     at_once = lines_at_once(dtype, g, BAND_BYTES)
     size = g.kernel_height * g.kernel_width * g.channels
     first_group, last_group = share(GRADIENT_GROUPS, worker, workers)
@@ -383,7 +381,7 @@ def backward(dtype, g, x, kernel, dy, d_x, d_kernel, d_bias, threads):
     else:
         length = repeated_length(g)
         repeated = take(dtype, 2 * length if d_x != 0 else length)
-        d_repeated = repeated + length * np.empty(0, dtype).itemsize if d_x != 0 else 0
+        d_repeated = repeated + length * size_of(dtype) if d_x != 0 else 0
         repeat_channels(dtype, threads, g, x, repeated)
         wide = single(g)
         had_memory = _backward_single(dtype, wide, repeated, kernel, dy, d_repeated, d_kernel, d_bias, threads)

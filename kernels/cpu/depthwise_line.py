@@ -7,11 +7,9 @@ taps are all inside go several at a time, the few at the borders one at a time w
 
 from __future__ import annotations
 
-import numpy as np
-
 from .depthwise_tiles import PIXELS, SLIDES, SLIDING_TAPS, depthwise_tile, sliding_tile
 from .jit import kernel
-from .memory import ceil_div
+from .memory import ceil_div, size_of
 from .pool import compiled_once
 
 
@@ -40,7 +38,7 @@ def _tiles(
     channels, kernel, kernel_row, kernel_tap, bias, y, y_pixel, low, high,
 ):  # fmt: skip
     """Pixels first..last for `line_span`, several at once where they lie in inner_first..inner_last."""
-    itemsize = np.empty(0, dtype).itemsize
+    itemsize = size_of(dtype)
     i = first
     while i < last:
         pixels, tap, tap_count = 1, 0, taps
@@ -73,7 +71,7 @@ def _slide(
     bias, y, y_pixel, low, high,
 ):  # fmt: skip
     """`pixels` pixels side by side, of which the first may lack its first tap, and the last its last."""
-    itemsize = np.empty(0, dtype).itemsize
+    itemsize = size_of(dtype)
     i = 0
     while i < pixels:
         at_once = sliding_pixels(pixels - i)
@@ -95,7 +93,7 @@ def line_span(
     x is the address of column 0 in the line's first row of `size` columns, `channels` apart; y that of pixel `first`.
     `count` channels are computed.
     """
-    itemsize = np.empty(0, dtype).itemsize
+    itemsize = size_of(dtype)
     if tap_step < 0:  # the same taps, from the last to the first
         origin, tap_step = origin + (taps - 1) * tap_step, -tap_step
         kernel, kernel_tap = kernel + (taps - 1) * kernel_tap * itemsize, -kernel_tap

@@ -10,11 +10,9 @@ for while the registers are busy with the present one.
 
 from __future__ import annotations
 
-import numpy as np
-
 from .gemm_tile import ASK_STEP, GEMM_ROWS, UNROLL, gemm_columns, gemm_tile
 from .jit import kernel
-from .memory import ceil_div, share, view
+from .memory import ceil_div, share, size_of, view
 from .packing import pack, pack_panel, packed_length, whole_depth
 from .pool import compiled_once
 from .simd import CACHE_LINE, L1_PERIOD, factors
@@ -36,14 +34,14 @@ def padded_row(dtype, depth):
 
     Rows L1_PERIOD apart share one set of L1, which has fewer ways than the tile has rows.
     """
-    line = CACHE_LINE // np.empty(0, dtype).itemsize
+    line = CACHE_LINE // size_of(dtype)
     return (ceil_div(depth, line) | 1) * line
 
 
 @kernel
 def rows_collide(dtype, depth):
     """Whether rows of `depth` elements, one behind the other, drive each other out of the caches."""
-    return depth * np.empty(0, dtype).itemsize % (L1_PERIOD // 2) == 0
+    return depth * size_of(dtype) % (L1_PERIOD // 2) == 0
 
 
 @kernel
@@ -75,7 +73,7 @@ def _row_parts(rows, workers):
 def block_count(dtype, depth, rows):
     """Into how many blocks a worker's share of `rows` rows is cut."""
     tiles = ceil_div(rows, TILE_ROWS)
-    tile_bytes = TILE_ROWS * padded_row(dtype, depth) * np.empty(0, dtype).itemsize
+    tile_bytes = TILE_ROWS * padded_row(dtype, depth) * size_of(dtype)
     if tiles * tile_bytes <= ONLY_BLOCK_BYTES:
         return 1
     return ceil_div(tiles, min(max(1, BLOCK_BYTES // tile_bytes), BLOCK_TILES))
@@ -155,7 +153,7 @@ def shared_panels(dtype, rows, depth, filters, kernel, row_stride, column_stride
 @kernel
 def past_caches(dtype, rows, filters, y):
     """Whether y is better written past the caches: 1 where it would not stay in them, and vectors can be aligned."""
-    row_bytes = filters * np.empty(0, dtype).itemsize
+    row_bytes = filters * size_of(dtype)
     aligned_rows = y % CACHE_LINE == 0 and row_bytes % CACHE_LINE == 0
     return 1 if aligned_rows and rows * row_bytes > STREAMED_BYTES else 0
 
@@ -163,7 +161,7 @@ def past_caches(dtype, rows, filters, y):
 @kernel
 def _lines(dtype, columns):
     """Cache lines that so many elements touch, wherever they begin."""
-    return ceil_div(columns * np.empty(0, dtype).itemsize, CACHE_LINE) + 1
+    return ceil_div(columns * size_of(dtype), CACHE_LINE) + 1
 
 
 @kernel
@@ -177,7 +175,7 @@ def clear_behind(dtype, rows, depth, a, a_row):
     """Zeros behind each row of a block of a, up to whole products: of what lies there a NaN would not be lost."""
     for k in range(depth, whole_depth(dtype, depth)):
         for m in range(rows):
-            view(dtype, a + (m * a_row + k) * np.empty(0, dtype).itemsize, 1)[0] = 0
+            view(dtype, a + (m * a_row + k) * size_of(dtype), 1)[0] = 0
 
 
 @kernel
@@ -201,7 +199,7 @@ def _multiply_panel(
 
     Of what comes next the first tiles ask for the next panel, a column of lines each, and the others for `ahead`.
     """
-    itemsize = np.empty(0, dtype).itemsize
+    itemsize = size_of(dtype)
     count, packed = products(dtype, depth), panel
     asks, row = _asks(count), gemm_columns(dtype) * factors(dtype)
     lines = _lines(dtype, row) * ASK_STEP  # columns of them, each of every ASK_STEPth row
@@ -236,7 +234,7 @@ def multiply_block(
 
     Assumes: a is readable up to a whole tile past its last row, or its last, smaller tile is at `tail` as well.
     """
-    itemsize = np.empty(0, dtype).itemsize
+    itemsize = size_of(dtype)
     width, line = gemm_columns(dtype), CACHE_LINE // itemsize
     row, length = width * factors(dtype), width * whole_depth(dtype, depth)
     silent = 0 if panels != 0 else _silent_tiles(own)

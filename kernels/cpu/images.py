@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from ..geometry import Geometry
 from .jit import kernel
-from .memory import ceil_div
+from .memory import ceil_div, size_of
 
 
 @kernel
@@ -22,6 +20,6 @@ def of_images(g, count):
 @kernel
 def images_at_once(dtype, g, size):
     """Images whose mid fits into `size` bytes, at least one: so many that the parts of the batch are about equal."""
-    image_bytes = g.out_height * g.out_width * g.channels * np.empty(0, dtype).itemsize
+    image_bytes = g.out_height * g.out_width * g.channels * size_of(dtype)
     most = max(1, size // max(1, image_bytes))
     return ceil_div(g.batch, max(1, ceil_div(g.batch, most)))

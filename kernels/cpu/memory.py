@@ -18,6 +18,16 @@ def _as_pointer(typing_context, dtype, address):
     return types.CPointer(dtype.instance_type)(dtype, types.intp), codegen
 
 
+@intrinsic
+def size_of(typing_context, dtype):
+    """Bytes of an element of `dtype`, a constant."""
+
+    def codegen(context, builder, signature, arguments):
+        return context.get_constant(types.intp, dtype.instance_type.bitwidth // 8)
+
+    return types.intp(dtype), codegen
+
+
 @kernel
 def view(dtype, address, length):
     """The `length` elements at `address` as an array. It does not own them."""

@@ -8,14 +8,13 @@ bfloat16 a panel holds two rows in one, a column's elements k and k + 1 side by 
 
 from __future__ import annotations
 
-import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 from .gemm_tile import GEMM_ROWS, gemm_columns
 from .jit import kernel
-from .memory import ceil_div, share
+from .memory import ceil_div, share, size_of
 from .pool import parallel_kernel
 from .simd import Vectors, factors, index, vectors_of
 from .tiles import CHOSEN
@@ -181,7 +180,7 @@ def pack(dtype, worker, workers, depth, filters, source, row_stride, column_stri
 
     Parallel over: panels.
     """
-    itemsize = np.empty(0, dtype).itemsize
+    itemsize = size_of(dtype)
     width = gemm_columns(dtype)
     length = width * whole_depth(dtype, depth)
     first, last = share(ceil_div(filters, width), worker, workers)

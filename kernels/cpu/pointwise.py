@@ -34,7 +34,7 @@ from .gemm import (
 )
 from .gemm_tile import ASK_STEP, gemm_columns, gemm_tile
 from .jit import entry, kernel
-from .memory import address, ceil_div, copy, fence, keep, share, view
+from .memory import address, ceil_div, copy, fence, keep, share, size_of, view
 from .packing import pack_panel, pack_strip, strip_width
 from .pool import compiled_once, parallel_kernel
 from .scratch import give, require, take_in_share, try_take
@@ -69,7 +69,7 @@ def multiply_rows(
     The kernel lies in packed `panels`, or `own` has room for one. `room` is for the rows that are copied: all, or the
     last tile's only, where the tile that is taken has more rows and would read past the end of x.
     """
-    itemsize = np.empty(0, dtype).itemsize
+    itemsize = size_of(dtype)
     a, row, tail, left = x + m0 * depth * itemsize, depth, 0, (m1 - m0) % TILE_ROWS
     if _copied(dtype, depth):
         row = padded_row(dtype, depth)
@@ -96,7 +96,7 @@ def _multiply(
 
     Parallel over: rows; where these are few, panels of filters too.
     """
-    itemsize = np.empty(0, dtype).itemsize
+    itemsize = size_of(dtype)
     first, last, f_first, f_last = work(dtype, rows, filters, worker, workers)
     blocks = block_count(dtype, depth, last - first)
     streamed = past_caches(dtype, rows, filters, y)
@@ -153,7 +153,7 @@ def _gradient_panel(dtype, rows, tiles, depth, columns, strips, dy, dy_row, pane
     The first tile packs dy into the panel, which ends in a row of zeros: from there a fresh sum starts. Each tile asks
     for another column of what lies ahead.
     """
-    itemsize = np.empty(0, dtype).itemsize
+    itemsize = size_of(dtype)
     width, strip = gemm_columns(dtype), strip_width(dtype)
     zeros = panel + rows * width * itemsize
     b, b_row, packed = dy, dy_row, panel
@@ -191,13 +191,13 @@ def gradient_length(dtype, depth):
 @kernel
 def _strips(dtype, room):
     """Where in `room` the strips begin, which stay in L2: behind a panel of dy and its row of zeros."""
-    return room + (MOST_BLOCK_ROWS + 1) * gemm_columns(dtype) * np.empty(0, dtype).itemsize
+    return room + (MOST_BLOCK_ROWS + 1) * gemm_columns(dtype) * size_of(dtype)
 
 
 @kernel
 def pack_strips(dtype, rows, first, depth, x, x_row, room):
     """Columns first..first + depth of x, from address x on, for `add_strips`. Assumes: `first` begins a strip."""
-    itemsize = np.empty(0, dtype).itemsize
+    itemsize = size_of(dtype)
     strips = _strips(dtype, room)
     for k in range(0, depth, TILE_ROWS):
         strip = strips + (first + k) // TILE_ROWS * rows * strip_width(dtype) * itemsize
@@ -211,7 +211,7 @@ def add_strips(dtype, rows, depth, filters, dy, dy_row, d_kernel, fresh, ahead, 
     Meanwhile asks for what lies `ahead`, in rows `ahead_step` apart, and for the panels of dy.
     Assumes: x is packed in `room`; rows <= MOST_BLOCK_ROWS; rows of dy and of d_kernel `dy_row` apart.
     """
-    itemsize, width = np.empty(0, dtype).itemsize, gemm_columns(dtype)
+    itemsize, width = size_of(dtype), gemm_columns(dtype)
     view(dtype, room + rows * width * itemsize, width)[:] = 0
     for f in range(0, filters, width):  # a panel of dy stays in L1
         _gradient_panel(
@@ -259,7 +259,7 @@ def _kernel_gradient(dtype, worker, workers, rows, depth, filters, x, dy, d_kern
 
     Parallel over: rectangles of d_kernel, so nothing is reduced.
     """
-    itemsize = np.empty(0, dtype).itemsize
+    itemsize = size_of(dtype)
     k_first, k_last, f_first, f_last = gradient_work(dtype, depth, filters, worker, workers)
     room = take_in_share(dtype, gradient_length(dtype, k_last - k_first), lacking)
     if room == 0:
@@ -291,7 +291,7 @@ def _column_sums(dtype, worker, workers, rows, columns, x, ones, sums):
 
     Parallel over: a fixed number of groups of rows.
     """
-    itemsize = np.empty(0, dtype).itemsize
+    itemsize = size_of(dtype)
     first, last = share(BIAS_GROUPS, worker, workers)
     for group in range(first, last):
         m0, m1 = share(rows, group, BIAS_GROUPS)

@@ -14,12 +14,12 @@ import ctypes
 import sys
 
 import llvmlite.binding as llvm
-import numpy as np
 from numba.core import types
 
 from . import atomics
 from .atomics import WORD_SIZE
 from .jit import kernel
+from .memory import size_of
 from .simd import CACHE_LINE
 
 SHELF_PLACES = 64
@@ -45,7 +45,7 @@ def try_take(dtype, length):
 
     Return it with `give`.
     """
-    size = length * np.empty(0, dtype).itemsize
+    size = length * size_of(dtype)
     for place in range(SHELF_PLACES):
         block = atomics.exchange(_place(place), 0)
         if block != 0:

@@ -24,7 +24,7 @@ from . import separable_bands as bands
 from .gemm import TILE_ROWS
 from .images import images_at_once, of_images
 from .jit import entry, kernel
-from .memory import address, fence, keep, share, view
+from .memory import address, fence, keep, share, size_of, view
 from .multiplier import repeat_channels, repeated_length, single, sum_repeated
 from .packing import pack, packed_length
 from .pool import parallel_kernel
@@ -44,7 +44,7 @@ def _forward(
 
     Parallel over: output pixels; where these are few, panels of filters too.
     """
-    itemsize = np.empty(0, dtype).itemsize
+    itemsize = size_of(dtype)
     pixels, depth = g.batch * g.out_height * g.out_width, g.channels
     row = gemm.padded_row(dtype, depth)
     first, last, f_first, f_last = gemm.work(dtype, pixels, filters, worker, workers)
@@ -129,7 +129,7 @@ def _pointwise_gradient(dtype, worker, workers, g, filters, x, depthwise, dy, d_
 
     Parallel over: rectangles of d_pointwise, so nothing is reduced.
     """
-    itemsize, low, high = np.empty(0, dtype).itemsize, -infinity(dtype), infinity(dtype)
+    itemsize, low, high = size_of(dtype), -infinity(dtype), infinity(dtype)
     pixels, depth, row = g.batch * g.out_height * g.out_width, g.channels, STRIPS_AT_ONCE * TILE_ROWS
     k_first, k_last, f_first, f_last = pw.gradient_work(dtype, depth, filters, worker, workers)
     length = pw.gradient_length(dtype, k_last - k_first)
@@ -169,7 +169,7 @@ def _backward_in_steps(dtype, g, filters, x, depthwise, pointwise, dy, d_x, d_de
     Assumes: g.multiplier is 1.
     """
     low, high = -infinity(dtype), infinity(dtype)
-    itemsize = np.empty(0, dtype).itemsize
+    itemsize = size_of(dtype)
     pixels, depth = g.out_height * g.out_width, g.channels
     images = images_at_once(dtype, g, D_MID_BYTES)
     packs = (d_x != 0 or d_depthwise != 0) and images < g.batch  # the kernel, once for all parts
@@ -223,7 +223,7 @@ def backward(dtype, g, filters, x, depthwise, pointwise, dy, d_x, d_depthwise, d
     else:
         length = repeated_length(g)
         repeated = take(dtype, 2 * length if d_x != 0 else length)
-        d_repeated = repeated + length * np.empty(0, dtype).itemsize if d_x != 0 else 0
+        d_repeated = repeated + length * size_of(dtype) if d_x != 0 else 0
         repeat_channels(dtype, threads, g, x, repeated)
         had_memory = _backward_single(
             dtype, single(g), filters, repeated, depthwise, pointwise, dy,

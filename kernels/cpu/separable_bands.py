@@ -17,7 +17,7 @@ from .gemm import TILE_ROWS
 from .gemm_tile import gemm_columns
 from .images import images_at_once, of_images
 from .jit import kernel
-from .memory import address, ceil_div, keep, share, view
+from .memory import address, ceil_div, keep, share, size_of, view
 from .packing import pack, packed_length
 from .pool import parallel_kernel
 from .scratch import give, take_in_share, try_take
@@ -35,7 +35,7 @@ BLOCK_ROWS = pw.GRADIENT_BLOCK_ROWS // TILE_ROWS * TILE_ROWS  # of mid, from bei
 @kernel
 def wanted(dtype, g, filters):
     """Whether to work in bands: the sums are small, the bands are not, and mid would not stay in the caches."""
-    itemsize = np.empty(0, dtype).itemsize
+    itemsize = size_of(dtype)
     lines = dw.lines_at_once(dtype, g, BAND_BYTES)
     if lines > g.out_height:  # whole images
         lines -= lines % max(1, g.out_height)
@@ -68,7 +68,7 @@ def block_rows(rows):
 @kernel
 def _multiply_band(dtype, g, filters, first, last, end, x, depthwise, dy, panels, zeros, d_mid, d_pointwise, room):
     """Pixels first..last of d_mid, and what they add to d_pointwise; dy is asked for as far as pixel `end`."""
-    itemsize = np.empty(0, dtype).itemsize
+    itemsize = size_of(dtype)
     depth, low, high = g.channels, -infinity(dtype), infinity(dtype)
     rows_room = room + pw.gradient_length(dtype, depth) * itemsize
     mid = rows_room + pw.rows_length(dtype, filters, BLOCK_ROWS // TILE_ROWS) * itemsize
@@ -104,7 +104,7 @@ def _add_lines(
 
     Parallel over: a fixed number of groups of output lines.
     """
-    itemsize = np.empty(0, dtype).itemsize
+    itemsize = size_of(dtype)
     room = take_in_share(dtype, _room_length(dtype, g.channels, filters), lacking)
     if room == 0:
         return
@@ -155,7 +155,7 @@ def backward(dtype, g, filters, x, depthwise, pointwise, dy, d_x, d_depthwise, d
 
     Assumes: g.multiplier is 1; the batch is not empty.
     """
-    itemsize = np.empty(0, dtype).itemsize
+    itemsize = size_of(dtype)
     pixels, depth = g.out_height * g.out_width, g.channels
     wants_mid, images = d_x != 0 or d_depthwise != 0, images_at_once(dtype, g, D_MID_BYTES)
     taps, size = g.kernel_height * g.kernel_width * depth, depth * filters
