@@ -6,7 +6,7 @@
 #   ARGS=...    passed on, e.g. make test ARGS="tests/kernels -x"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-torch test-cuda12 wheels test-cuda bench bench-cuda lint format clean
+.PHONY: help demo test test-torch test-cuda12 wheels test-cuda bench bench-cuda report lint format clean
 .SILENT:
 .NOTPARALLEL: # nothing runs beside a race
 # A failed test keeps no race from being run, which looks itself at what is right; make fails in the end all the same.
@@ -17,6 +17,7 @@ endif
 BIN := .venv/bin
 ARGS ?=
 TORCH ?= torch
+REPORT = $(BIN)/python -m fastsepconv.bench.report
 setup = PYTHON='$(PYTHON)' sh scripts/setup.sh
 
 help: ## this list
@@ -50,6 +51,14 @@ bench-cuda: ## the same: race the CUDA kernels against cuDNN and cuBLAS
 bench: ## set up, then race against TensorFlow and the other runtimes
 	$(setup) tensorflow,demo,bench test
 	$(BIN)/pytest bench --benchmark-only $(ARGS)
+
+# One report a table: the races of one machine, but for those of another dtype.
+races = $(filter-out %bfloat16-$(1)-2cores.json,$(sort $(wildcard bench/results/*-$(1)-*.json)))
+report: ## set up, then make the README's tables and pictures of races on CPUs anew, from bench/results
+	$(setup) tensorflow,demo
+	$(REPORT) $(call races,zen4) --readme README.md --figures bench/results
+	$(REPORT) bench/results/xception-bfloat16-zen4-2cores.json --readme README.md --marker bench-bfloat16 --figures bench/results
+	$(REPORT) $(call races,zen3) --readme README.md --marker bench-avx2 --figures bench/results/zen3
 
 lint: ## set up, then check style and types
 	$(setup) tensorflow,demo lint

@@ -40,8 +40,9 @@ from .tensorflow_capi import CANCELLED, CApi, address_of, connect, construction_
 from .tensorflow_tensors import fail, out_of_memory
 
 CALLBACK = types.void(types.intp, types.intp)
-DTYPES = {1: np.float32, 2: np.float64}  # TF_FLOAT, TF_DOUBLE
+DTYPES: dict[int, type[np.generic]] = {1: np.float32, 2: np.float64}  # TF_FLOAT, TF_DOUBLE
 FORWARD_DTYPES = DTYPES | {14: BFLOAT16}  # TF_BFLOAT16
+_SPELLED = {np.float32: "float", np.float64: "double", BFLOAT16: "bfloat16"}
 HOST, CARD = "CPU", "GPU"  # TensorFlow's names for kinds of devices; the tests without a card exchange them
 _CREATE = types.intp(types.intp)
 _MAX_ATTRIBUTE = 2**31 - 1
@@ -221,10 +222,15 @@ def register() -> CApi:
     for name, definition in DEFINITIONS.items():
         if op_def_registry.get(name) is None:  # to define an op twice ends the process
             _register_op(api, name, definition)
-            for code, dtype in (DTYPES if name.endswith("Grad") else FORWARD_DTYPES).items():
+            for code, dtype in _dtypes(name).items():
                 function = functools.partial(compile_op, name, dtype)
                 register_kernel(api, name, HOST, code, _compute, function)
     return api
+
+
+def _dtypes(name: str) -> dict[int, type[np.generic]]:
+    """What the op of that name takes: TensorFlow's numbers of dtypes, and what the kernels know them as."""
+    return DTYPES if name.endswith("Grad") else FORWARD_DTYPES
 
 
 def _register_op(api: CApi, name: str, definition: Definition) -> None:
@@ -233,7 +239,7 @@ def _register_op(api: CApi, name: str, definition: Definition) -> None:
         api.OpDefinitionBuilderAddInput(builder, spec.encode())
     for spec in definition.outputs:
         api.OpDefinitionBuilderAddOutput(builder, spec.encode())
-    attributes = ["T: {float, double, bfloat16}"]
+    attributes = [f"T: {{{', '.join(_SPELLED[dtype] for dtype in _dtypes(name).values())}}}"]
     attributes += ["biases: int >= 0"] if _BIAS in definition.inputs else []
     attributes += [f"{attribute}: {layout.spec}" for attribute, layout in definition.attributes.items()]
     for spec in attributes:

@@ -15,6 +15,7 @@ FER2013_LABELS = ("Angry", "Disgust", "Fear", "Happy", "Sad", "Surprise", "Neutr
 FER2013_SIDE = 48
 FER2013_PARTS = {"Training": "train", "PublicTest": "validation", "PrivateTest": "test"}
 MOST_CLASSES = 4096  # more are a mistake, which would not fit the confusion matrix either
+FLOATS = "from 0 to 1, from 0 to 255 (which become 0 to 1), or standardised (some below 0)"
 FOLDER_EXPECTS = "X_train.npy, X_test.npy (images) and y_train.npy, y_test.npy (labels)"
 CSV_EXPECTS = (
     "FER-2013's columns emotion (0 to 6), pixels (48x48 numbers from 0 to 255), Usage (Training, PublicTest, ..)"
@@ -119,13 +120,18 @@ def _images(path: Path) -> np.ndarray:
     array = array.astype(np.float32)
     if not np.isfinite(array).all():
         raise CommandError(f"{path}: Expected finite numbers. Received: NaN or infinity in at least one image")
+    if array.min() >= 0 and array.max() > 255:
+        raise CommandError(f"{path}: Expected floats {FLOATS}. Received: none below 0, the highest {array.max():g}")
     return array
 
 
 def _in_one_range(*images: np.ndarray) -> list[np.ndarray]:
-    """Floats that go up to 255 brought to 0 to 1: all of them, though one file may hold dark images alone."""
+    """Floats from 0 to 255 brought to 0 to 1: all of them, though one file may hold dark images alone.
+
+    Those with any below 0 were standardised, whatever their highest, and stay as they are.
+    """
     floats = [each for each in images if each.dtype != np.uint8]
-    if max((each.max() for each in floats), default=0) <= 2:
+    if min((each.min() for each in floats), default=0) < 0 or max((each.max() for each in floats), default=0) <= 2:
         return list(images)
     return [each if each.dtype == np.uint8 else each / np.float32(255) for each in images]
 

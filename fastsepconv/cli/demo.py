@@ -151,6 +151,8 @@ def _digits(args: argparse.Namespace, console: Console) -> tuple[data.Source, da
     source = data.Source("folder", str(folder.resolve()))
     dataset = data.load(source)
     pictures.mkdir(exist_ok=True)
+    for earlier in pictures.glob("[0-9][0-9]_is_[0-9].png"):  # of another seed: now they may be trained on
+        earlier.unlink()
     for index, (x, y) in enumerate(zip(dataset.test.x[:SAMPLES], dataset.test.y, strict=False)):
         Image.fromarray(x[..., 0]).save(pictures / f"{index:02}_is_{y}.png")
     console.heading("Real images: scikit-learn's handwritten digits, scanned at 8x8, brought to 48x48x1")

@@ -60,7 +60,11 @@ def _curves(axes: Axes, curves: Mapping[str, Sequence[float]], quantity: str) ->
         axes.plot(range(1, len(values) + 1), values, dashes, color=colour, label=label, marker=marker, markersize=3.5)
     axes.set_xlabel("epoch")
     axes.set_ylabel(quantity)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    epochs = max(map(len, curves.values()))
+    if epochs == 1:  # Matplotlib would spread ticks over a twentieth of an epoch to either side
+        axes.set_xticks([1])
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     if quantity == "accuracy":
         low = min(min(values) for values in curves.values())
         axes.set_ylim(max(0.0, low - 0.05 * (1.05 - low)), 1 + 0.03 * (1.05 - low))
@@ -113,6 +117,9 @@ def network(model: Any, path: Path) -> str | None:
     from pygraphviz import AGraph
 
     dot = model_to_dot(model, show_shapes=True, show_layer_names=True, dpi=72)
+    for layer in model.layers:  # ours go by the names of Keras's, for the sake of weight files
+        for node in dot.get_node(str(id(layer))):
+            node.set_label(node.get_label().replace(f"({type(layer).__name__})", f"({type(layer).__qualname__})"))
     with stderr_kept_back():  # where it is told that some file of the system's fonts is newer than the library
         AGraph(dot.to_string()).draw(str(path), prog="dot")
     return None
@@ -132,7 +139,8 @@ def demo_sheet(
         axes = top.subplots(1, 2)
         for each, quantity in zip(axes, ("loss", "accuracy"), strict=True):
             _curves(each, {"fastsepconv": ours[f"val_{quantity}"], "Keras": stock[f"val_{quantity}"]}, quantity)
-        axes[0].set_yscale("log")
+        if len(ours["val_loss"]) > 1:  # of one epoch nearly equal losses would fill the axis with digits
+            axes[0].set_yscale("log")
         axes[0].legend()
         top.suptitle("Held-out images after each epoch", **HEADING)
         bottom.suptitle(f"Predictions by fastsepconv: {len(mistaken)} of {len(y)} held-out images mistaken", **HEADING)

@@ -5,15 +5,19 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fastsepconv.cli.console import OK, USAGE, CommandError, Console, add_command, count, load_keras, require
 from fastsepconv.cli.data import default_labels
 
+if TYPE_CHECKING:
+    from PIL.Image import Image as PillowImage
+
 DESCRIPTION = """Classify pictures, or every picture of a folder, with a saved model. A picture is turned grey (or
-RGB, as the model takes it) and brought to the model's size; 0 to 255 becomes 0 to 1, as in training."""
+RGB, as the model takes it) and brought to the model's size; black to white becomes 0 to 1, as in training on
+images of uint8. A model that was trained on standardised images wants those, which this command does not make."""
 
 EXAMPLES = (
     "fastsepconv predict face.png --model run/model.keras",
@@ -89,7 +93,7 @@ def read_picture(path: Path, height: int, width: int, channels: int, invert: boo
 
     try:
         with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
+            upright = _eight_bits(ImageOps.exif_transpose(image)).convert("L" if channels == 1 else "RGB")
             pixels = np.asarray(upright.resize((width, height), Image.Resampling.BICUBIC), np.float32)
     except FileNotFoundError:
         raise CommandError(f"{path}: no such file. Expected a picture or a folder of pictures") from None
@@ -99,6 +103,20 @@ def read_picture(path: Path, height: int, width: int, channels: int, invert: boo
         ) from None
     pixels = pixels.reshape(height, width, channels) / np.float32(255)
     return 1 - pixels if invert else pixels
+
+
+def _eight_bits(image: PillowImage) -> PillowImage:
+    """The picture with 8 bits a channel. Pillow's own conversion cuts 16-bit greys off at 255."""
+    from PIL import Image
+
+    if image.mode == "F":
+        raise ValueError("32-bit floats, whose range nobody knows")
+    if not image.mode.startswith("I"):
+        return image
+    grey = np.asarray(image)
+    if grey.min() < 0 or grey.max() > 65535:
+        raise ValueError(f"greys from {grey.min()} to {grey.max()}, more than 16 bits")
+    return Image.fromarray(np.round(grey / 257).astype(np.uint8))
 
 
 def _labels(args: argparse.Namespace, training: dict[str, Any], probabilities: np.ndarray) -> tuple[str, ...]:

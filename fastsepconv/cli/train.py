@@ -40,8 +40,10 @@ if TYPE_CHECKING:
 DESCRIPTION = """Train the tutorial's Xception (48x48 images, seven classes, or whatever the data say).
 
 --out receives, after every epoch, model.keras (all that --resume needs) and best.keras (the
-best epoch so far), and at the end: learning_curve.png, confusion_matrix.png, model.png (the
-network), operations.json, history.json and, for TensorBoard, tensorboard/."""
+best epoch so far), as it goes tensorboard/ (a log for TensorBoard), and at the end:
+learning_curve.png, confusion_matrix.png, model.png (the network), operations.json and history.json."""
+
+IMAGES = f"images of uint8, or of floats {data.FLOATS}"
 
 EXAMPLES = (
     "fastsepconv train --data faces/ --out run          X_train.npy, X_test.npy, y_train.npy, y_test.npy",
@@ -63,7 +65,7 @@ def add_parser(subparsers: Any) -> None:
     """Add the command to the command line."""
     command = add_command(subparsers, "train", "train an Xception on images", DESCRIPTION, EXAMPLES, EXITS)
     source = command.add_argument_group("images").add_mutually_exclusive_group()
-    source.add_argument("--data", type=Path, metavar="DIR", help="folder with the tutorial's four .npy files")
+    source.add_argument("--data", type=Path, metavar="DIR", help=f"the tutorial's four .npy files: {IMAGES}")
     source.add_argument("--csv", type=Path, metavar="FILE", help="FER-2013's CSV")
     command.add_argument(
         "--out", type=Path, default=Path("run"), metavar="DIR", help="where it all goes (default: run)"
@@ -123,7 +125,6 @@ def run(args: argparse.Namespace) -> int:
             expected = f"Expected {ORDERS[0]}, the one order of --layer keras. Received: {recipe.order}"
             raise CommandError(f"Invalid value for argument `--order`. {expected}", USAGE)
         dataset = data.load(source)
-        _remove_checkpoints(args.out)
     outcome = execute(recipe, source, dataset, args.out, console, resume=args.resume)
     show_operations(outcome, console)
     console.document(summary(outcome, dataset, args.out))
@@ -133,7 +134,10 @@ def run(args: argparse.Namespace) -> int:
 def execute(
     recipe: Recipe, source: data.Source, dataset: data.Dataset, out: Path, console: Console, *, resume: bool = False
 ) -> Outcome:
-    """Train, then leave every picture and table of the run in `out`. `fastsepconv demo` runs this too."""
+    """Train, then leave every picture and table of the run in `out`. `fastsepconv demo` runs this too.
+
+    Without `resume` the checkpoints of an earlier run in `out` are removed.
+    """
     require(matplotlib="matplotlib")
     load_keras()
     from fastsepconv.cli import training
@@ -143,8 +147,14 @@ def execute(
         console.say(f"  no TensorBoard log: Keras writes it with TensorFlow. Missing: {', '.join(missing)}")
     elif keras_backend() != "tensorflow":
         _keep_tensorflow_off_cards()
+    if not resume:
+        _remove_checkpoints(out)
     outcome = training.train(recipe, source, dataset, out, console, resume=resume, tensorboard=not missing)
-    _leave(outcome, dataset, out, console)
+    try:
+        _leave(outcome, dataset, out, console)
+    except KeyboardInterrupt:
+        kept = f"{out / LAST} is whole, and `fastsepconv train --resume --out {out}` draws the pictures"
+        raise CommandError(f"interrupted after the last epoch; {kept}", INTERRUPTED) from None
     return outcome
 
 

@@ -10,7 +10,7 @@ for while the registers are busy with the present one.
 
 from __future__ import annotations
 
-from .gemm_tile import ASK_STEP, GEMM_ROWS, UNROLL, gemm_columns, gemm_tile
+from .gemm_tile import ASK_STEP, ASKS_A_TURN, GEMM_ROWS, UNROLL, gemm_columns, gemm_tile
 from .jit import kernel
 from .memory import ceil_div, share, size_of, view
 from .packing import pack, pack_panel, packed_length, whole_depth
@@ -181,7 +181,7 @@ def clear_behind(dtype, rows, depth, a, a_row):
 @kernel
 def _asks(products):
     """Lines that a tile asks for: none in the turn that is not whole."""
-    return products // UNROLL * (UNROLL // ASK_STEP)
+    return products // UNROLL * ASKS_A_TURN
 
 
 @kernel

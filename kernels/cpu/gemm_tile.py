@@ -19,6 +19,7 @@ from .tiles import CHOSEN
 GEMM_ROWS = CHOSEN.rows
 UNROLL = CHOSEN.unroll
 ASK_STEP = CHOSEN.ask_step
+ASKS_A_TURN = UNROLL // ASK_STEP  # lines asked for in one turn of the inner loop
 SUMMED_AT_ONCE = 256  # products in a running sum: its rounding error grows with its length, that of sums of sums less
 ROWS_A_POINTER = 3
 FEW_LINES = 8  # of c, that may be asked for at once
@@ -98,10 +99,9 @@ def _gemm_tile(
                 for k, b_vectors in enumerate(b_rows.take_packed(UNROLL)):
                     _multiply_step(emit, sums, a_rows, a_row, b_vectors, builder.mul(a_step, index(k)))
             _advance(emit, a_rows, builder.mul(a_step, index(UNROLL)))
-            asks = UNROLL // ASK_STEP
-            later = emit.at(emit.pointer(ahead), builder.mul(turn, builder.mul(ahead_step, index(asks))))
+            later = emit.at(emit.pointer(ahead), builder.mul(turn, builder.mul(ahead_step, index(ASKS_A_TURN))))
             output.take_turn(turn, later)
-            for ask in range(1, asks):
+            for ask in range(1, ASKS_A_TURN):
                 emit.prefetch(emit.at(later, builder.mul(ahead_step, index(ask))))
         if UNROLL > 1:
             with cgutils.for_range(builder, builder.sub(count, builder.mul(turns, index(UNROLL)))):

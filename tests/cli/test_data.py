@@ -40,6 +40,19 @@ def test_all_floats_are_scaled_where_one_file_is_dark(tmp_path):
     assert dataset.test.x.max() == np.float32(1.5) / np.float32(255)
 
 
+@pytest.mark.parametrize("highest", [1.5, 4.0])
+def test_standardised_floats_stay_whatever_their_highest(tmp_path, highest):
+    x = np.linspace(-2, highest, 48 * SIDE * SIDE).reshape(48, SIDE, SIDE)
+    dataset = load(write_images(tmp_path, X_train=x, X_test=np.full((16, SIDE, SIDE), 3.0)))
+    np.testing.assert_array_equal(dataset.train.x[..., 0], x.astype(np.float32))
+    np.testing.assert_array_equal(dataset.test.x, 3)
+
+
+def test_floats_of_no_known_range_are_refused(tmp_path):
+    with pytest.raises(CommandError, match=r"X_train\.npy: Expected floats from 0 to 1, .* the highest 65535"):
+        load(write_images(tmp_path, X_train=np.full((48, SIDE, SIDE), 65535.0)))
+
+
 @pytest.mark.parametrize("form", ["int64", "uint8", "float32", "column", "one_hot", "one_hot_bool"])
 def test_labels_may_be_integers_or_one_hot(tmp_path, form):
     y = np.arange(16) % CLASSES

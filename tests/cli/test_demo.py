@@ -12,7 +12,7 @@ import pytest
 
 from fastsepconv import dispatch
 from fastsepconv.cli import demo, main, side_by_side
-from fastsepconv.cli.console import CHECK_FAILED, OK, USAGE, choose_backend
+from fastsepconv.cli.console import CHECK_FAILED, OK, USAGE, Console, choose_backend
 
 SMALL = ("--images", "120", "--num-blocks", "0", "--epochs", "1", "--batch-size", "32")
 
@@ -101,6 +101,16 @@ def test_its_picture_and_its_images_are_there(finished, run_json):
     assert document["picture"] == str(out / "demo.png") and (out / "demo.png").stat().st_size > 10_000
     code, predicted = run_json("predict", out / "images", "--model", out / "fastsepconv" / "model.keras")
     assert code == OK and len(predicted["images"]) == demo.SAMPLES
+
+
+def test_pictures_of_another_seed_do_not_stay(tmp_path):
+    args = SimpleNamespace(out=tmp_path, images=120, seed=0)
+    shown = []
+    for args.seed in (0, 1):
+        demo._digits(args, Console(json_only=True))
+        shown.append({path.name: path.read_bytes() for path in (tmp_path / "images").iterdir()})
+    assert len(shown[0]) == len(shown[1]) == demo.SAMPLES
+    assert shown[0] != shown[1]
 
 
 def comparison(**values: float) -> side_by_side.Comparison:

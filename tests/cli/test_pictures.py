@@ -12,6 +12,7 @@ from PIL import Image
 
 from fastsepconv.cli import pictures
 from fastsepconv.cli.data import FER2013_LABELS
+from fastsepconv.layers import FastSeparableConv2D
 
 HISTORY = {
     "loss": [2.0, 1.0, 0.5],
@@ -93,6 +94,26 @@ def test_the_network_is_drawn_without_any_program(tmp_path, monkeypatch, capfd):
         assert image.width > 200 and np.asarray(image.convert("L")).std() > 5
     assert heights[1] > 2 * heights[0]
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.skipif(find_spec("pygraphviz") is None, reason="pygraphviz is not installed")
+def test_the_network_names_our_layers(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("pygraphviz.AGraph.draw", lambda graph, *_, **__: drawn.append(graph.to_string()))
+    sides = [FastSeparableConv2D(2, 3, name="ours"), keras.layers.SeparableConv2D(2, 3, name="theirs")]
+    assert pictures.network(keras.Sequential([keras.Input((9, 9, 1)), *sides]), tmp_path / "model.png") is None
+    assert "<b>ours</b> (FastSeparableConv2D)" in drawn[0]
+    assert "<b>theirs</b> (SeparableConv2D)" in drawn[0]
+
+
+def test_a_single_epoch_is_told_as_one(tmp_path, figures):
+    history = {name: values[:1] for name, values in HISTORY.items()}
+    pictures.learning_curve(history, tmp_path / "curve.png")
+    x, y = np.zeros((5, 8, 8, 1), np.uint8), np.arange(5)
+    pictures.demo_sheet(history, history, x, y, np.eye(5), tmp_path / "demo.png")
+    for figure in figures:
+        for axes in figure.get_axes()[:2]:
+            assert list(axes.get_xticks()) == [1] and axes.get_yscale() == "linear"
 
 
 def test_what_the_picture_of_the_network_lacks_is_named(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from fastsepconv.cli import checkpoint, main
-from fastsepconv.cli.console import BAD_FILE, USAGE
+from fastsepconv.cli.console import BAD_FILE, USAGE, CommandError
 from fastsepconv.cli.predict import read_picture
 
 from .conftest import SIDE
@@ -61,6 +61,25 @@ def test_pictures_are_read_upright_grey_and_from_0_to_1(tmp_path):
     np.testing.assert_array_equal(x[4:], 1)
     np.testing.assert_array_equal(read_picture(tmp_path / "turned.png", 8, 4, 1, invert=True), 1 - x)
     assert read_picture(tmp_path / "turned.png", 5, 6, 3).shape == (5, 6, 3)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_greys_of_16_bits_are_the_same_as_of_8(tmp_path, channels):
+    grey = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
+    Image.fromarray(grey).save(tmp_path / "8.png")
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "16.png")
+    Image.fromarray(grey.astype(np.int32) * 257).save(tmp_path / "32.tif")
+    eight = read_picture(tmp_path / "8.png", 8, 8, channels)
+    assert eight.max() == np.float32(252) / np.float32(255)
+    for name in ("16.png", "32.tif"):
+        np.testing.assert_array_equal(read_picture(tmp_path / name, 8, 8, channels), eight)
+
+
+@pytest.mark.parametrize("pixels", [np.full((8, 8), 0.5, np.float32), np.full((8, 8), 1 << 20, np.int32)])
+def test_a_picture_of_no_known_range_is_refused(tmp_path, pixels):
+    Image.fromarray(pixels).save(tmp_path / "wide.tif")
+    with pytest.raises(CommandError, match=r"wide\.tif: not a readable picture \((32-bit floats|greys from)"):
+        read_picture(tmp_path / "wide.tif", 8, 8, 1)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no picture", b"\x89PNG\r\n\x1a\n"])

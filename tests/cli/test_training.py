@@ -150,10 +150,23 @@ def test_resuming_with_another_recipe_is_refused(copied_run, capsys):
 def test_a_run_begun_anew_leaves_nothing_of_the_old_one_to_resume(copied_run, images, monkeypatch):
     (copied_run / "best.keras").write_bytes(b"old")
     (copied_run / "tensorboard").mkdir()
-    monkeypatch.setattr("fastsepconv.cli.train.execute", lambda *_, **__: pytest.exit("stopped in the first epoch"))
+    monkeypatch.setattr("fastsepconv.cli.training.train", lambda *_, **__: pytest.exit("stopped in the first epoch"))
     with pytest.raises(pytest.exit.Exception):
         main(["train", "--data", str(images), "--out", str(copied_run), "--overwrite"])
     assert list(copied_run.iterdir()) == []
+
+
+def test_ctrl_c_while_the_pictures_are_drawn_loses_none(copied_run, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    (copied_run / "confusion_matrix.png").unlink()
+    with monkeypatch.context() as patched:
+        patched.setattr("fastsepconv.cli.pictures.confusion_matrix", interrupted)
+        assert main(["train", "--resume", "--out", str(copied_run)]) == INTERRUPTED
+    assert f"`fastsepconv train --resume --out {copied_run}` draws the pictures" in capsys.readouterr().err
+    assert main(["train", "--resume", "--out", str(copied_run)]) == 0
+    assert (copied_run / "confusion_matrix.png").exists()
 
 
 def test_resuming_on_other_images_is_refused(copied_run, tmp_path, capsys):
