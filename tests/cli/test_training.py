@@ -160,7 +160,6 @@ def test_ctrl_c_while_the_pictures_are_drawn_loses_none(copied_run, monkeypatch,
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    (copied_run / "confusion_matrix.png").unlink()
     with monkeypatch.context() as patched:
         patched.setattr("fastsepconv.cli.pictures.confusion_matrix", interrupted)
         assert main(["train", "--resume", "--out", str(copied_run)]) == INTERRUPTED
