@@ -96,7 +96,7 @@ def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         if math.prod(shape) * dtype.itemsize > LARGEST:
             raise MemoryError("more bytes than an address can count")
         return np.empty(shape, dtype)
-    except MemoryError as error:
+    except (MemoryError, ValueError) as error:  # ValueError for an empty batch of images that are too large
         expected = f"sizes whose results fit in memory ({error})"
         raise checks.invalid("x", expected, shape, " with a result of shape") from error
 

@@ -224,6 +224,7 @@ def test_an_array_that_cannot_be_copied_into_memory_is_refused(backend, name):
         {"padding": ((2**31 - 1,) * 2, (2**31 - 1,) * 2)},
         {"padding": ((0, 2**31 - 1), (0, 2**31 - 1)), "strides": 1, "dilation_rate": 2**29},
         {"x": huge(2**10, 5, 5, 2), "padding": ((0, 2**31 - 1), (0, 2**31 - 1))},
+        {"x": huge(0, 2**29, 2**29, 2), "padding": ((2**29, 2**29), (2**29, 2**29))},
     ],
 )
 def test_an_output_beyond_64_bits_or_memory_is_refused(backend, changed):

@@ -102,13 +102,13 @@ def read_residual(state, context, shape, status):
     if failed(status) or state[RESIDUALS] == 0:
         return 0
     residual = read_input(context, tf.num_inputs(context) - 1, status)
-    if not failed(status) and (residual.rank != 4 or residual.shape != shape):
+    if not failed(status) and (state[RESIDUALS] > 1 or residual.rank != 4 or residual.shape != shape):
         fail(
             status, INVALID_ARGUMENT,
-            "Invalid value for argument `residual`. Expected shape (%lld, %lld, %lld, %lld), that of the output. "
-            "Received: %lld dimensions, shape (%lld, %lld, %lld, %lld)",
+            "Invalid value for argument `residual`. Expected one of shape (%lld, %lld, %lld, %lld), the output's. "
+            "Received: %lld of %lld dimensions, shape (%lld, %lld, %lld, %lld)",
             (
-                shape[0], shape[1], shape[2], shape[3], residual.rank,
+                shape[0], shape[1], shape[2], shape[3], state[RESIDUALS], residual.rank,
                 residual.shape[0], residual.shape[1], residual.shape[2], residual.shape[3],
             ),
         )  # fmt: skip

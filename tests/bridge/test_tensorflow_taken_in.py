@@ -199,14 +199,17 @@ def test_batches_of_two_inputs_may_be_broadcast(rng):
 @pytest.mark.parametrize("kind", ["Pointwise", "Separable"])
 def test_a_residual_of_another_shape_is_refused(kind, shape):
     @tf.function(autograph=False)
-    def graph(x, residual):
+    def graph(x, *residual):
         kernels = [tf.ones((3, 3, 4, 1))] if kind == "Separable" else []
-        return add_node(kind, x, *kernels, tf.ones((4, 3)), bias=[tf.ones(3)], residual=[residual])
+        return add_node(kind, x, *kernels, tf.ones((4, 3)), bias=[tf.ones(3)], residual=residual)
 
     x = tf.ones((2, 5, 5, 4))
     assert graph(x, tf.ones((2, 5, 5, 3))).shape == (2, 5, 5, 3)
-    with pytest.raises(tf.errors.InvalidArgumentError, match=r"`residual`\. Expected shape \(2, 5, 5, 3\)"):
+    expected = r"`residual`\. Expected one of shape \(2, 5, 5, 3\).*Received: "
+    with pytest.raises(tf.errors.InvalidArgumentError, match=f"{expected}1 of {len(shape)} dimensions"):
         graph(x, tf.ones(shape))
+    with pytest.raises(tf.errors.InvalidArgumentError, match=f"{expected}2 of 4 dimensions"):
+        graph(x, *[tf.ones((2, 5, 5, 3))] * 2)
 
 
 POINTWISE = [
