@@ -10,12 +10,12 @@ for while the registers are busy with the present one.
 
 from __future__ import annotations
 
-from .gemm_tile import ASK_STEP, ASKS_A_TURN, GEMM_ROWS, UNROLL, gemm_columns, gemm_tile
+from .gemm_tile import ASK_STEP, ASKS_A_TURN, EARLY, GEMM_ROWS, UNROLL, gemm_columns, gemm_tile
 from .jit import kernel
 from .memory import ceil_div, share, size_of, view
 from .packing import pack, pack_panel, packed_length, whole_depth
 from .pool import compiled_once
-from .simd import CACHE_LINE, L1_PERIOD, factors
+from .simd import CACHE_LINE, L1_PERIOD, factors, infinity
 from .tiles import L2_BYTES
 
 TILE_ROWS, LEAST_ROWS = GEMM_ROWS[0], GEMM_ROWS[-1]
@@ -25,6 +25,7 @@ SHARES_A_THREAD = 2  # at most: each begins with rows that nobody has asked for
 PASSES = 8  # packing a kernel in passing for so many blocks costs no more than packing it once beforehand
 BLOCK_TILES = 168 // TILE_ROWS  # more rows than that would cost more in address translation than they save
 STREAMED_BYTES = 24 << 20  # an output larger than that is gone from the caches before anyone reads it
+THIN_ROWS = 42  # with more, the tiles that do not pack a panel ask for all of the next one in time
 LEAST_TILES = 8  # a worker with fewer tiles of rows would mostly read the kernel: filters are split instead
 
 
@@ -193,7 +194,7 @@ def _silent_tiles(panel):
 @compiled_once
 def _multiply_panel(
     dtype, rows, depth, filters, columns, a, a_row, tail, b, b_step, panel, next_b, next_step, ahead, ahead_step,
-    start, residual_offset, y, past_caches, low, high,
+    start, start_row, residual_offset, y, past_caches, low, high,
 ):  # fmt: skip
     """One panel of filters: tiles of rows pass it, each in L1 for its depth. The first packs b into `panel`, if not 0.
 
@@ -213,17 +214,57 @@ def _multiply_panel(
         block = a + m * a_row * itemsize if height == TILE_ROWS or tail == 0 else tail
         gemm_tile(
             dtype, tile_height(height), height, columns, count, block, a_row, factors(dtype), b, b_step, packed,
-            wanted, step,
-            start, 0, residual_offset, y + m * filters * itemsize, filters, past_caches, low, high,
+            wanted, step, start + m * start_row * itemsize, start_row,
+            residual_offset, y + m * filters * itemsize, filters, past_caches, low, high,
         )  # fmt: skip
         if packed != 0:
             b, b_step, packed = panel, row, 0
 
 
 @kernel
+def is_thin(dtype, rows, column_stride):
+    """Whether a kernel that is not packed is better read in slabs: for so few rows it takes longer to come than to use.
+
+    Asked for all rows of a product, since that decides on the order in which it is summed, which threads must not.
+    """
+    return rows <= THIN_ROWS and column_stride == 1 and factors(dtype) == 1
+
+
+@kernel
+def _multiply_slabs(
+    dtype, rows, depth, filters, f_first, f_last, a, a_row, tail, kernel, row_stride, own, start, residual_offset, y,
+    low, high,
+):  # fmt: skip
+    """Filters f_first..f_last of y for few rows: the kernel is read a slab of its rows at a time, all panels of each.
+
+    Every panel's tile goes on summing in y and asks for its part of the next slab, EARLY rows on. A panel at a time
+    would skip through the whole kernel for two cache lines of each row, which memory answers half as fast.
+    """
+    itemsize, width = size_of(dtype), gemm_columns(dtype)
+    slabs = max(1, ceil_div(depth, EARLY))
+    begin, begin_row, offset, least, most = start, 0, 0, -infinity(dtype), infinity(dtype)
+    for slab in range(slabs):
+        k, k_end = share(depth, slab, slabs)
+        if slab == slabs - 1:
+            offset, least, most = residual_offset, low, high
+        a_slab, tail_slab = a + k * itemsize, tail + k * itemsize if tail != 0 else 0
+        for f in range(f_first, f_last, width):
+            columns, at = min(width, filters - f), f * itemsize
+            b, b_step, panel = kernel + k * row_stride * itemsize + at, row_stride, own
+            if columns < width:
+                pack_panel(dtype, k_end - k, columns, b, row_stride, 1, own)
+                b, b_step, panel = own, width, 0
+            _multiply_panel(
+                dtype, rows, k_end - k, filters, columns, a_slab, a_row, tail_slab, b, b_step, panel, a, 0, a, 0,
+                begin + at, begin_row, offset, y + at, 0, least, most,
+            )  # fmt: skip
+        begin, begin_row = y, filters
+
+
+@kernel
 def multiply_block(
     dtype, rows, depth, filters, f_first, f_last, a, a_row, tail, kernel, row_stride, column_stride,
-    panels, own, start, residual_offset, y, past_caches, ahead, ahead_length, low, high,
+    thin, panels, own, start, residual_offset, y, past_caches, ahead, ahead_length, low, high,
 ):  # fmt: skip
     """Filters f_first..f_last of y for a block of rows; y is the address of its first row.
 
@@ -232,8 +273,15 @@ def multiply_block(
     The kernel lies in packed `panels`, or is packed into `own`, which has room for one, as it is used. Meanwhile the
     `ahead_length` elements at `ahead` are brought into L2.
 
-    Assumes: a is readable up to a whole tile past its last row, or its last, smaller tile is at `tail` as well.
+    Assumes: a is readable up to a whole tile past its last row, or its last, smaller tile is at `tail` as well;
+    `thin` is what `is_thin` says of the whole product, of which the rows may be a part.
     """
+    if thin and panels == 0:
+        _multiply_slabs(
+            dtype, rows, depth, filters, f_first, f_last, a, a_row, tail, kernel, row_stride, own, start,
+            residual_offset, y, low, high,
+        )  # fmt: skip
+        return
     itemsize = size_of(dtype)
     width, line = gemm_columns(dtype), CACHE_LINE // itemsize
     row, length = width * factors(dtype), width * whole_depth(dtype, depth)
@@ -259,7 +307,7 @@ def multiply_block(
             next_step = 0
         _multiply_panel(
             dtype, rows, depth, filters, columns, a, a_row, tail, b, b_step, panel, next_b, next_step,
-            ahead, step_ahead if ahead < past else 0, start + f * itemsize, residual_offset, y + f * itemsize,
+            ahead, step_ahead if ahead < past else 0, start + f * itemsize, 0, residual_offset, y + f * itemsize,
             past_caches, low, high,
         )  # fmt: skip
         ahead += asks_ahead * step_ahead * itemsize

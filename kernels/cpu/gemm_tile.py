@@ -23,7 +23,7 @@ ASKS_A_TURN = UNROLL // ASK_STEP  # lines asked for in one turn of the inner loo
 SUMMED_AT_ONCE = 256  # products in a running sum: its rounding error grows with its length, that of sums of sums less
 ROWS_A_POINTER = 3
 FEW_LINES = 8  # of c, that may be asked for at once
-EARLY = 24  # rows of b from being asked for to being read, where it is not packed: memory answers within so many
+EARLY = 128  # rows of b from being asked for to being read, where it is not packed: more than memory takes to answer
 
 
 @intrinsic

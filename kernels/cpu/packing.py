@@ -12,7 +12,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from .gemm_tile import GEMM_ROWS, gemm_columns
+from .gemm_tile import EARLY, GEMM_ROWS, gemm_columns
 from .jit import kernel
 from .memory import ceil_div, share, size_of
 from .pool import parallel_kernel
@@ -28,7 +28,7 @@ def _copy_rows(typing_context, dtype, depth, columns, source, row_stride, panel)
     """The panel of a source whose columns lie side by side."""
 
     def codegen(context, builder, signature, arguments):
-        _emit_copy(vectors_of(builder, signature), CHOSEN.vectors, *arguments[1:])
+        _emit_copy(vectors_of(builder, signature), CHOSEN.vectors, *arguments[1:], early=EARLY)
         return context.get_dummy_value()
 
     return types.void(dtype, *[types.intp] * 5), codegen
@@ -86,8 +86,11 @@ def _strip_vectors(emit: Vectors) -> int:
     return -(-GEMM_ROWS[0] // emit.lanes)
 
 
-def _emit_copy(emit: Vectors, vectors: int, rows, columns, source, row_stride, target) -> None:
-    """The first `columns` columns of a matrix, and zeros up to so many vectors, row behind row."""
+def _emit_copy(emit: Vectors, vectors: int, rows, columns, source, row_stride, target, early: int = 0) -> None:
+    """The first `columns` columns of a matrix, and zeros up to so many vectors, row behind row.
+
+    Each row asks for that which is `early` rows on, if that is not 0.
+    """
     builder, width = emit.builder, index(vectors * emit.lanes)
     masks = [emit.mask(columns, j * emit.lanes) for j in range(vectors)]
     with cgutils.for_range(builder, _products(emit, rows)) as loop:
@@ -95,6 +98,8 @@ def _emit_copy(emit: Vectors, vectors: int, rows, columns, source, row_stride, t
         line = emit.at(emit.pointer(source), builder.mul(row, row_stride))
         copy = emit.at(emit.pointer(target), builder.mul(row, width))
         emit.copy_factors(line, row_stride, builder.sub(rows, row), masks, copy)
+        if early:
+            emit.prefetch_span(emit.at(line, builder.mul(row_stride, index(early))), vectors, level=2)
 
 
 def _products(emit: Vectors, depth):

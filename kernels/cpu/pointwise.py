@@ -21,6 +21,7 @@ from .gemm import (
     block_range,
     block_tiles,
     clear_behind,
+    is_thin,
     multiply_block,
     padded_row,
     panel_length,
@@ -62,7 +63,7 @@ def _copied(dtype, depth):
 @kernel
 def multiply_rows(
     dtype, m0, m1, after, depth, filters, f_first, f_last, x, kernel, row_stride, column_stride,
-    panels, room, own, start, residual_offset, y, streamed, low, high,
+    thin, panels, room, own, start, residual_offset, y, streamed, low, high,
 ):  # fmt: skip
     """Rows m0..m1 of y, filters f_first..f_last; meanwhile the rows m1..after of x are asked for.
 
@@ -82,7 +83,7 @@ def multiply_rows(
         copy(tail, x + (m1 - left) * depth * itemsize, left * depth * itemsize)
     multiply_block(
         dtype, m1 - m0, depth, filters, f_first, f_last, a, row, tail, kernel, row_stride, column_stride,
-        panels, own, start, residual_offset, y + m0 * filters * itemsize, streamed,
+        thin, panels, own, start, residual_offset, y + m0 * filters * itemsize, streamed,
         x + m1 * depth * itemsize, (after - m1) * depth, low, high,
     )  # fmt: skip
 
@@ -99,7 +100,7 @@ def _multiply(
     itemsize = size_of(dtype)
     first, last, f_first, f_last = work(dtype, rows, filters, worker, workers)
     blocks = block_count(dtype, depth, last - first)
-    streamed = past_caches(dtype, rows, filters, y)
+    streamed, thin = past_caches(dtype, rows, filters, y), is_thin(dtype, rows, column_stride)
     room = rows_length(dtype, depth, block_tiles(last - first, blocks))
     block = take_in_share(dtype, room + panel_length(dtype, depth), lacking)
     if block == 0:
@@ -110,7 +111,7 @@ def _multiply(
         _, after = block_range(first, last, blocks, number + 1)
         multiply_rows(
             dtype, m0, m1, after, depth, filters, f_first, f_last, x, kernel, row_stride, column_stride,
-            panels, block, own, start, residual_offset, y, streamed, low, high,
+            thin, panels, block, own, start, residual_offset, y, streamed, low, high,
         )  # fmt: skip
     fence()
     give(block)

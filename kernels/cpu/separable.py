@@ -50,7 +50,7 @@ def _forward(
     first, last, f_first, f_last = gemm.work(dtype, pixels, filters, worker, workers)
     blocks = gemm.block_count(dtype, depth, last - first)
     block_length = gemm.block_tiles(last - first, blocks) * TILE_ROWS * row
-    streamed = gemm.past_caches(dtype, pixels, filters, y)
+    streamed, thin = gemm.past_caches(dtype, pixels, filters, y), gemm.is_thin(dtype, pixels, 1)
     block = take_in_share(dtype, block_length + gemm.panel_length(dtype, depth), lacking)
     if block == 0:
         return
@@ -66,7 +66,7 @@ def _forward(
         x_next = max(x_next, x_read)
         gemm.multiply_block(
             dtype, m1 - m0, depth, filters, f_first, f_last, block, row, 0, pointwise, filters, 1,
-            panels, own, start, residual_offset, y + m0 * filters * itemsize, streamed,
+            thin, panels, own, start, residual_offset, y + m0 * filters * itemsize, streamed,
             x + x_next * itemsize, max(0, x_last - x_next), low, high,
         )  # fmt: skip
     fence()

@@ -84,7 +84,7 @@ def _multiply_band(dtype, g, filters, first, last, end, x, depthwise, dy, panels
         if d_mid != 0:
             pw.multiply_rows(
                 dtype, m, m1, min(end, m1 + step), filters, depth, 0, depth, dy, 0, 1, filters,
-                panels, rows_room, 0, zeros, 0, d_mid, 0, low, high,
+                False, panels, rows_room, 0, zeros, 0, d_mid, 0, low, high,
             )  # fmt: skip
 
 

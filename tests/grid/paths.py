@@ -153,6 +153,8 @@ def _forward_paths(
         if column_stride == 1 and filters >= width:
             found.add("product: panels packed in passing")
             found |= {"product: rows of the kernel collide"} if gemm.rows_collide(dtype, row_stride) else set()
+        if gemm.is_thin(dtype, rows, column_stride):
+            found.add(f"product: {'several slabs' if depth > gemm.EARLY else 'one slab'}")
         if column_stride != 1 or filters % width:
             found.add("product: panels packed apart")
     found |= {f"product: rows {'copied' if pointwise._copied(dtype, depth) else 'in place'}"}
@@ -218,6 +220,8 @@ def every_path() -> set[str]:
             "product: panels packed in passing",
             "product: panels packed apart",
             "product: rows of the kernel collide",
+            "product: one slab",
+            "product: several slabs",
             "product: shared panels",
             "product: rows copied",
             "product: rows in place",
