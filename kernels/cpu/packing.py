@@ -28,7 +28,7 @@ def _copy_rows(typing_context, dtype, depth, columns, source, row_stride, panel)
     """The panel of a source whose columns lie side by side."""
 
     def codegen(context, builder, signature, arguments):
-        _emit_copy(vectors_of(builder, signature), CHOSEN.vectors, *arguments[1:], early=EARLY)
+        _emit_copy(vectors_of(builder, signature), CHOSEN.vectors, EARLY, *arguments[1:])
         return context.get_dummy_value()
 
     return types.void(dtype, *[types.intp] * 5), codegen
@@ -65,7 +65,7 @@ def pack_strip(typing_context, dtype, rows, columns, source, row_stride, strip):
 
     def codegen(context, builder, signature, arguments):
         emit = vectors_of(builder, signature)
-        _emit_copy(emit, _strip_vectors(emit), *arguments[1:])
+        _emit_copy(emit, _strip_vectors(emit), 0, *arguments[1:])
         return context.get_dummy_value()
 
     return types.void(dtype, *[types.intp] * 5), codegen
@@ -86,7 +86,7 @@ def _strip_vectors(emit: Vectors) -> int:
     return -(-GEMM_ROWS[0] // emit.lanes)
 
 
-def _emit_copy(emit: Vectors, vectors: int, rows, columns, source, row_stride, target, early: int = 0) -> None:
+def _emit_copy(emit: Vectors, vectors: int, early: int, rows, columns, source, row_stride, target) -> None:
     """The first `columns` columns of a matrix, and zeros up to so many vectors, row behind row.
 
     Each row asks for that which is `early` rows on, if that is not 0.
