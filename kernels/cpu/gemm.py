@@ -5,7 +5,7 @@
 The blocking is that of Goto and van de Geijn (Anatomy of High-Performance Matrix Multiplication, 2008) with one level
 less, since the whole depth is summed in registers: a block of a stays in L2; panels of the kernel stream
 past it, each read by every tile of rows of the block. What is needed next (the next panel, the next block) is asked
-for while the registers are busy with the present one.
+for while the registers are busy with the present one. A few rows alone are another matter: see `_multiply_slabs`.
 """
 
 from __future__ import annotations
