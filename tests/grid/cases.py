@@ -286,7 +286,7 @@ _PLAIN = Case(
 
 # What takes certain sizes: every number of rows that a tile can leave over; outputs past the caches, sums in several
 # parts, several images to a part, more parts than one, bands of lines; lines that are all border, and borders wider
-# than a tap.
+# than a tap; a few rows, for which the kernel is read in several slabs.
 SIZES = [
     *[dataclasses.replace(_PLAIN, image=(1, width), channels=9, run="arrays") for width in range(15, 29)],
     dataclasses.replace(_PLAIN, filters=256, channels=24, image=(160, 161)),
@@ -301,6 +301,7 @@ SIZES = [
     dataclasses.replace(_PLAIN, filters=70, channels=130, batch=19, image=(13, 12), run="arrays"),
     dataclasses.replace(_PLAIN, filters=512, channels=70, image=(10, 11), operation="pointwise_depthwise"),
     dataclasses.replace(_PLAIN, filters=45, channels=600, image=(9, 7), run="graph"),
+    dataclasses.replace(_PLAIN, filters=67, channels=300, batch=2, image=(4, 3), run="graph"),
     *[dataclasses.replace(_PLAIN, channels=70, batch=9, image=(size, size), run="arrays") for size in (1, 2, 3)],
     dataclasses.replace(_PLAIN, channels=70, image=(9, 12), padding=((3, 0), (4, 3))),
     dataclasses.replace(_PLAIN, channels=50, image=(9, 25), strides=(2, 2), dilation_rate=(2, 2), run="graph"),
