@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 
@@ -51,6 +54,17 @@ def drawn_geometry(rng: np.random.Generator) -> Geometry:
     image = [int(rng.integers(1 if padding == "same" else span, span + 20)) for span in spans]
     batch, channels, multiplier = (int(rng.integers(*ends)) for ends in ((0, 4), (1, 80), (1, 4)))
     return resolve((batch, *image, channels), (*taps, channels, multiplier), strides, padding, dilation)
+
+
+@contextlib.contextmanager
+def on_threads(most: int) -> Iterator[None]:
+    """While the context lasts, at most so many threads compute."""
+    usual = threads.get_num_threads()
+    threads.set_num_threads(min(most, usual))
+    try:
+        yield
+    finally:
+        threads.set_num_threads(usual)
 
 
 def operands(operation: str, g: Geometry, filters: int, rng: np.random.Generator) -> tuple[list[np.ndarray], tuple]:
@@ -124,18 +138,14 @@ def test_writes_a_large_output_at_any_address(filters, offset, rng):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_gives_the_same_bits_on_one_thread_and_on_two(operation, dtype, rng):
-    usual = threads.get_num_threads()
     for _ in range(15):
         g = drawn_geometry(rng)
         values, out = operands(operation, g, int(rng.integers(1, 90)), rng)
         inputs, dy = [array.astype(dtype) for array in values], rng.standard_normal(out).astype(dtype)
         runs = []
-        for count in (1, min(2, usual)):
-            threads.set_num_threads(count)
-            try:
+        for count in (1, 2):
+            with on_threads(count):
                 runs.append(compute(operation, g, inputs, dy, Buffers(dtype)))
-            finally:
-                threads.set_num_threads(usual)
         for one, two in zip(*runs, strict=True):
             np.testing.assert_array_equal(one, two, err_msg=str(g))
 

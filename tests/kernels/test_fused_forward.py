@@ -12,7 +12,7 @@ from fastsepconv.kernels.geometry import resolve
 from tests.targets import run_again
 from tests.tolerances import assert_close
 
-from .test_cpu import OPERATIONS, Buffers, drawn_geometry, operands
+from .test_cpu import OPERATIONS, Buffers, drawn_geometry, on_threads, operands
 
 HIGH = np.inf
 
@@ -91,7 +91,6 @@ def test_residuals_of_whole_tiles_and_of_packed_kernels(depth, filters, rng):
 @pytest.mark.parametrize("filters", [1, 67, 130])
 def test_few_rows_by_slabs_of_the_kernel(depth, filters, dtype, rng):
     """As many rows as go by slabs, and more. Between two slabs nothing is clamped, and no residual added."""
-    usual = threads.get_num_threads()
     for rows in (1, 9, gemm.TILE_ROWS, gemm.TILE_ROWS + 1, gemm.THIN_ROWS, gemm.THIN_ROWS + 1):
         shapes = (rows, depth), (depth, filters), (filters,), (rows, filters)
         values = [rng.standard_normal(shape) for shape in shapes]
@@ -99,13 +98,10 @@ def test_few_rows_by_slabs_of_the_kernel(depth, filters, dtype, rng):
         buffers = Buffers(dtype, offset=int(rng.integers(0, 16)))
         *inputs, residual = (buffers.input(array) for array in values)
         results = []
-        for count in (1, min(2, usual)):
-            threads.set_num_threads(count)
-            try:
-                results.append(buffers.output((rows, filters)))
+        for count in (1, 2):
+            results.append(buffers.output((rows, filters)))
+            with on_threads(count):
                 compute("pointwise", None, inputs, residual, results[-1], low=0.0)
-            finally:
-                threads.set_num_threads(usual)
         buffers.check()
         np.testing.assert_array_equal(*results)
         assert_close(f"{rows} rows", results[0], expected("pointwise", None, inputs, residual, -np.inf, 0.0))
