@@ -10,7 +10,7 @@ for while the registers are busy with the present one. A few rows alone are anot
 
 from __future__ import annotations
 
-from .gemm_tile import ASK_STEP, ASKS_A_TURN, EARLY, GEMM_ROWS, UNROLL, gemm_columns, gemm_tile
+from .gemm_tile import ASK_STEP, ASKS_A_STRETCH, EARLY, GEMM_ROWS, STRETCH, gemm_columns, gemm_tile
 from .jit import kernel
 from .memory import ceil_div, share, size_of, view
 from .packing import pack, pack_panel, packed_length, whole_depth
@@ -181,14 +181,14 @@ def clear_behind(dtype, rows, depth, a, a_row):
 
 @kernel
 def _asks(products):
-    """Lines that a tile asks for: none in the turn that is not whole."""
-    return products // UNROLL * ASKS_A_TURN
+    """Lines that a tile asks for: none in the stretch that is not whole."""
+    return products // STRETCH * ASKS_A_STRETCH
 
 
 @kernel
 def _silent_tiles(panel):
-    """How many of the tiles that pass a panel ask for nothing: where they pack it, the first, unless UNROLL is 1."""
-    return 1 if panel != 0 and UNROLL > 1 else 0
+    """How many of the tiles that pass a panel ask for nothing: where they pack it, the first."""
+    return 1 if panel != 0 else 0
 
 
 @compiled_once

@@ -19,10 +19,10 @@ from .tiles import CHOSEN
 GEMM_ROWS = CHOSEN.rows
 UNROLL = CHOSEN.unroll
 ASK_STEP = CHOSEN.ask_step
-ASKS_A_TURN = UNROLL // ASK_STEP  # lines asked for in one turn of the inner loop
+STRETCH = 8  # products from asking for what is needed later to asking again: the turns between have no time for it
+ASKS_A_STRETCH = STRETCH // ASK_STEP
 SUMMED_AT_ONCE = 256  # products in a running sum: its rounding error grows with its length, that of sums of sums less
-ROWS_A_POINTER = 3
-FEW_LINES = 8  # of c, that may be asked for at once
+ROWS_A_STRETCH = 2
 EARLY = 128  # rows of b from being asked for to being read, where it is not packed: more than memory takes to answer
 
 
@@ -78,8 +78,8 @@ def _gemm_tile(
     sums = [[emit.register(f"sum{height}_{i}_{j}") for j in range(width)] for i in range(height)]
     _for_each(emit, sums, lambda register: builder.store(emit.zero(), register))
     output = _OutputLines(emit, height, c, c_row, residual_offset, past_caches)
-    output.begin()
-    a_rows, b_rows = _row_pointers(emit, a, a_row, height), _Kernel(emit, b, b_step, panel)
+    output.ask_for_residual()
+    a_rows, b_rows = _Rows(emit, a, a_row, a_step, height), _Kernel(emit, b, b_step, panel)
     totals = _Totals(emit, sums)
     at_once = index(SUMMED_AT_ONCE // emit.factors)
     chunks = builder.sdiv(builder.add(depth, builder.sub(at_once, index(1))), at_once)
@@ -88,25 +88,23 @@ def _gemm_tile(
         first = builder.mul(chunk.index, at_once)
         left = builder.sub(depth, first)
         count = builder.select(builder.icmp_signed("<", left, at_once), left, at_once)
-        turns = builder.sdiv(count, index(UNROLL))
-        if UNROLL > 1:  # a branch between the products of a turn would cost registers: b is packed in the loop below
-            turns = builder.select(builder.icmp_signed("==", panel, index(0)), turns, index(0))
-        with cgutils.for_range(builder, turns) as loop:
-            turn = builder.add(builder.sdiv(first, index(UNROLL)), loop.index)
-            if UNROLL == 1:
-                _multiply_step(emit, sums, a_rows, a_row, b_rows.take())
-            else:
+        stretches = builder.sdiv(count, index(STRETCH))
+        # a branch between the products of a turn would cost registers: b is packed in the loop below
+        stretches = builder.select(builder.icmp_signed("==", panel, index(0)), stretches, index(0))
+        with cgutils.for_range(builder, stretches) as loop:
+            stretch = builder.add(builder.sdiv(first, index(STRETCH)), loop.index)
+            output.ask_for_rows(stretch)
+            line = emit.at(emit.pointer(ahead), builder.mul(stretch, builder.mul(ahead_step, index(ASKS_A_STRETCH))))
+            for _ in range(ASKS_A_STRETCH):
+                emit.prefetch(line)
+                line = emit.at(line, ahead_step)
+            with cgutils.for_range(builder, index(STRETCH // UNROLL)):
                 for k, b_vectors in enumerate(b_rows.take_packed(UNROLL)):
-                    _multiply_step(emit, sums, a_rows, a_row, b_vectors, builder.mul(a_step, index(k)))
-            _advance(emit, a_rows, builder.mul(a_step, index(UNROLL)))
-            later = emit.at(emit.pointer(ahead), builder.mul(turn, builder.mul(ahead_step, index(ASKS_A_TURN))))
-            output.take_turn(turn, later)
-            for ask in range(1, ASKS_A_TURN):
-                emit.prefetch(emit.at(later, builder.mul(ahead_step, index(ask))))
-        if UNROLL > 1:
-            with cgutils.for_range(builder, builder.sub(count, builder.mul(turns, index(UNROLL)))):
-                _multiply_step(emit, sums, a_rows, a_row, b_rows.take())
-                _advance(emit, a_rows, a_step)
+                    _multiply_step(emit, sums, a_rows, k, b_vectors)
+                a_rows.advance(UNROLL)
+        with cgutils.for_range(builder, builder.sub(count, builder.mul(stretches, index(STRETCH)))):
+            _multiply_step(emit, sums, a_rows, 0, b_rows.take())
+            a_rows.advance(1)
     totals.add_to_sums(chunks)
     _add_rows(emit, sums, masks, rows, start, start_row)
     with builder.if_then(builder.icmp_signed("!=", residual_offset, index(0)), likely=False):
@@ -191,66 +189,50 @@ class _Totals:
 class _OutputLines:
     """Asks for the tile's cache lines of c and of the residual, so that they have come when they are needed.
 
-    A `few` at once, for which a turn then needs no instructions; else one a turn. The 28 of AVX-512 at once would fill
-    the queue of what the core waits for, and the first rows of a and b would wait behind them: a tenth of the time at
-    depth 64 (Zen 4). Rows that collide in L1 (see `rows_collide`) come to L2, for in L1
-    they would drive each other out, and a's rows too. None are wanted where c is written past the caches. With one
-    that is asked for in a turn goes the next one, where rows do not begin with a line: most reach into one more then.
+    The 28 of AVX-512 at once would fill the queue of what the core waits for, and the first rows of a and b would wait
+    behind them: a tenth of the time at depth 64 (Zen 4). So each stretch asks for those of ROWS_A_STRETCH rows. Rows
+    that collide in L1 (see `rows_collide`) come to L2, for in L1 they would drive each other out, and a's rows too.
+    None are wanted where c is written past the caches. Where rows do not begin with a line, most reach into one more.
     """
 
     def __init__(self, emit: Vectors, height: int, c, c_row, residual_offset, past_caches) -> None:
         builder = emit.builder
         self.emit, self.height, self.c, self.c_row = emit, height, emit.pointer(c), c_row
         self.lines_a_row = -(-CHOSEN.vectors * emit.lanes * emit.itemsize // CACHE_LINE)
-        self.at_once = height * self.lines_a_row <= FEW_LINES
-        self.nothing = cgutils.alloca_once(builder, emit.type)  # a line that is in L1 anyway
-        self.wanted = builder.icmp_signed("==", past_caches, index(0))
-        lines = builder.select(self.wanted, index(height * self.lines_a_row), index(0))
+        stretches = index(-(-height // ROWS_A_STRETCH))
+        self.stretches = builder.select(builder.icmp_signed("==", past_caches, index(0)), stretches, index(0))
         row_bytes = builder.mul(c_row, index(emit.itemsize))
         begins = builder.and_(builder.or_(row_bytes, c), index(CACHE_LINE - 1))
         across = builder.icmp_signed("!=", begins, index(0))
         self.reached_into = builder.select(across, index(CACHE_LINE // emit.itemsize), index(0))
         apart = builder.and_(row_bytes, index(L1_PERIOD // 2 - 1))
         self.collide = builder.icmp_signed("==", apart, index(0))
-        self.to_l1 = builder.select(self.collide, index(0), lines)
-        self.to_l2 = builder.select(self.collide, lines, index(0))
         self.residual = emit.pointer(builder.add(c, residual_offset))
         self.has_residual = builder.icmp_signed("!=", residual_offset, index(0))
 
-    def begin(self) -> None:
-        """Before the first turn: asks for all of the residual's, and for all of c's where they are few."""
+    def ask_for_residual(self) -> None:
+        """Before the first stretch: asks for all of the residual."""
+        with self.emit.builder.if_then(self.has_residual, likely=False):
+            self._ask(self.residual, self.height, 2)
+
+    def ask_for_rows(self, stretch) -> None:
+        """Asks for the rows of c that are the stretch's, if there are any."""
         builder = self.emit.builder
-        with builder.if_then(self.has_residual, likely=False):
-            self._ask_for_all(self.residual, 2)
-        if not self.at_once:
-            return
-        with builder.if_then(self.wanted), builder.if_else(self.collide) as branches:
-            for branch, level in zip(branches, (2, 1), strict=True):
-                with branch:
-                    self._ask_for_all(self.c, level)
+        with builder.if_then(builder.icmp_signed("<", stretch, self.stretches), likely=False):
+            rows = self.emit.at(self.c, builder.mul(stretch, builder.mul(self.c_row, index(ROWS_A_STRETCH))))
+            with builder.if_else(self.collide) as branches:
+                for branch, level in zip(branches, (2, 1), strict=True):
+                    with branch:
+                        self._ask(rows, ROWS_A_STRETCH, level)
 
-    def _ask_for_all(self, tile, level: int) -> None:
-        builder, emit, line_length = self.emit.builder, self.emit, CACHE_LINE // self.emit.itemsize
-        for row, part in itertools.product(range(self.height), range(self.lines_a_row)):
-            offset = builder.add(builder.mul(self.c_row, index(row)), index(part * line_length))
-            emit.prefetch(emit.at(tile, offset), level, write=level == 1)
-
-    def take_turn(self, turn, otherwise) -> None:
-        """Asks in L2 for what lies at `otherwise`; where lines of the tile are left, for that of the turn's number too.
-
-        One that belongs into L2 comes in place of the other.
-        """
-        builder, emit = self.emit.builder, self.emit
-        if self.at_once:
-            emit.prefetch(otherwise)
-            return
-        row, part = (operation(turn, index(self.lines_a_row)) for operation in (builder.udiv, builder.urem))
-        offset = builder.add(builder.mul(row, self.c_row), builder.mul(part, index(CACHE_LINE // emit.itemsize)))
-        line, nothing = emit.at(self.c, offset), builder.bitcast(self.nothing, self.c.type)
-        first = builder.select(builder.icmp_signed("<", turn, self.to_l1), line, nothing)
-        emit.prefetch(first, level=1, write=True)
-        emit.prefetch(emit.at(first, self.reached_into), level=1, write=True)
-        emit.prefetch(builder.select(builder.icmp_signed("<", turn, self.to_l2), line, otherwise))
+    def _ask(self, line, rows: int, level: int) -> None:
+        emit, line_length = self.emit, CACHE_LINE // self.emit.itemsize
+        for _ in range(rows):
+            for part in range(self.lines_a_row):
+                last = emit.at(line, index(part * line_length))
+                emit.prefetch(last, level, write=level == 1)
+            emit.prefetch(emit.at(last, self.reached_into), level, write=level == 1)
+            line = emit.at(line, self.c_row)
 
 
 def _for_each(emit: Vectors, tile, action) -> None:
@@ -259,42 +241,54 @@ def _for_each(emit: Vectors, tile, action) -> None:
             action(register)
 
 
-def _row_pointers(emit: Vectors, a, a_row, height: int) -> list:
-    """A pointer to every third row of a, in a slot of its own.
+class _Rows:
+    """The elements of a's rows, each loaded when it is wanted.
 
-    From each the two rows after it are reached by the addressing modes of x86. Left to itself the compiler goes from
-    row to row by additions that wait for each other, and take turns with the arithmetic. So it is not told that one
-    pointer follows from another.
+    There is a pointer to every other row, in a slot of its own; the row after it is reached by an addressing mode. Left
+    to itself the compiler goes from row to row by additions that wait for each other, and take turns with the
+    arithmetic. So it is not told that one pointer follows from another.
     """
-    builder, slots = emit.builder, []
-    for first in range(0, height, ROWS_A_POINTER):
-        pointer = emit.at(emit.pointer(a), builder.mul(a_row, index(first)))
-        slots.append(cgutils.alloca_once_value(builder, _opaque(builder, pointer)))
-    return slots
+
+    def __init__(self, emit: Vectors, a, a_row, a_step, height: int) -> None:
+        builder, self.emit, self.row, self.step, self.slots = emit.builder, emit, a_row, a_step, []
+        for first in range(0, height, 2):
+            pointer = emit.at(emit.pointer(a), builder.mul(a_row, index(first)))
+            self.slots.append(cgutils.alloca_once_value(builder, _opaque(builder, pointer)))
+
+    def broadcast(self, row: int, k: int):
+        """The factors of a row, k products on."""
+        emit, builder = self.emit, self.emit.builder
+        pointer = emit.at(builder.load(self.slots[row // 2]), self.row if row % 2 else index(0))
+        return emit.broadcast_factors(emit.at(pointer, builder.mul(self.step, index(k))))
+
+    def advance(self, count: int) -> None:
+        """`count` products on: not earlier, or the compiler would keep pointers of before and after."""
+        emit, builder = self.emit, self.emit.builder
+        for slot in self.slots:
+            pointer = _opaque(builder, builder.load(slot), stays=True)
+            builder.store(emit.at(pointer, builder.mul(self.step, index(count))), slot)
 
 
-def _opaque(builder, value):
-    """The same value, of which the compiler no longer knows where it comes from."""
-    return builder.asm(ir.FunctionType(value.type, [value.type]), "", "=r,0", [value], False)
+def _opaque(builder, value, stays: bool = False):
+    """The same value, of which the compiler no longer knows where it comes from; or where it `stays`, when."""
+    return builder.asm(ir.FunctionType(value.type, [value.type]), "", "=r,0", [value], stays)
 
 
-def _multiply_step(emit: Vectors, sums, a_rows, a_row, b_vectors, further=None) -> None:
-    """One k: a row of b, times an element of each row of a, the present one or one that lies `further` on."""
-    builder, further = emit.builder, index(0) if further is None else further
+def _multiply_step(emit: Vectors, sums, a_rows: _Rows, k: int, b_vectors) -> None:
+    """A row of b, times an element of each row of a, which lies k products on.
+
+    A multiply-add of AVX-512 reads its element from memory itself. Where the address is but a pointer it counts as one
+    instruction then, so these rows load theirs for each vector anew: a core that two threads share is short of
+    instructions first, and of loads not yet (3 to 7 % of a layer, Emerald Rapids). LLVM has none for pairs.
+    """
+    builder, anew = emit.builder, CHOSEN.broadcasts and emit.factors == 1
     for i, row in enumerate(sums):
-        pointer = builder.load(a_rows[i // ROWS_A_POINTER])
-        element = builder.add(builder.mul(a_row, index(i % ROWS_A_POINTER)), further)
-        a_value = emit.broadcast_factors(emit.at(pointer, element))
-        for b_vector, register in zip(b_vectors, row, strict=True):
+        for j, (b_vector, register) in enumerate(zip(b_vectors, row, strict=True)):
+            if j == 0 or (anew and i % 2 == 0):
+                emit.in_order(row[:j])
+                a_value = a_rows.broadcast(i, k)
             builder.store(emit.add_products(a_value, b_vector, builder.load(register)), register)
-        if UNROLL > 1:
-            emit.in_order(row)
-
-
-def _advance(emit: Vectors, a_rows, step) -> None:
-    """The pointers to rows of a, `step` elements on."""
-    for slot in a_rows:
-        emit.builder.store(_opaque(emit.builder, emit.at(emit.builder.load(slot), step)), slot)
+        emit.in_order(row)
 
 
 def _add_rows(emit: Vectors, tile, masks, rows, source, source_row) -> None:

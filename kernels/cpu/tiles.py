@@ -26,6 +26,7 @@ class Tile(NamedTuple):
     vectors: int  # pointwise: vectors in a row of the output tile
     unroll: int  # pointwise: products in a turn of the inner loop
     ask_step: int  # pointwise: products for which one cache line is asked for; divides `unroll`
+    broadcasts: bool  # a multiply-add takes a scalar in memory for a vector
     pixels: int  # depthwise: output pixels at once
     span: int  # depthwise: channel vectors at once
     slides: tuple[int, ...]  # depthwise with 3 taps a row, one pixel apart: output pixels at once, falling to 1
@@ -35,22 +36,22 @@ class Tile(NamedTuple):
 
 TILES = (
     Tile(
-        "avx512", 64, True, (14, 12, 10, 8, 4, 2), 2, 2, 1, 4, 4, (8, 4, 3, 2, 1), 2,
+        "avx512", 64, True, (14, 12, 10, 8, 4, 2), 2, 4, 1, True, 4, 4, (8, 4, 3, 2, 1), 2,
         "14x2 accumulators, 2 kernel vectors and a broadcast fill 31 of 32 registers; 16 loads feed 28 multiply-adds; "
-        "2 products a turn, for a core with two units of 512 bits starts no more than that in 28 cycles; each has time "
-        "to ask for a line, and blocks of few tiles need that many",
+        "4 products a turn, since a core with two units of 512 bits has but 56 cycles for all that it starts in one; "
+        "each has time to ask for a line, and blocks of few tiles need that many",
     ),
     Tile(
-        "avx2", 32, True, (6, 4, 2), 2, 4, 4, 4, 2, (8, 4, 3, 2, 1), 1,
+        "avx2", 32, True, (6, 4, 2), 2, 4, 4, False, 4, 2, (8, 4, 3, 2, 1), 1,
         "6x2 accumulators, 2 kernel vectors and a broadcast fill 15 of 16 registers; 4 products a turn, since the 12 "
         "multiply-adds of one leave a core no time for all that a loop does besides, and but one line is asked for",
     ),
     Tile(
-        "neon", 16, True, (8, 4, 2), 3, 1, 1, 4, 4, (8, 4, 3, 2, 1), 2,
+        "neon", 16, True, (8, 4, 2), 3, 2, 1, False, 4, 4, (8, 4, 3, 2, 1), 2,
         "8x3 accumulators, 3 kernel vectors and a broadcast fill 28 of 32 registers",
     ),
     Tile(
-        "portable", 16, False, (4, 2), 2, 4, 4, 2, 2, (8, 4, 3, 2, 1), 1,
+        "portable", 16, False, (4, 2), 2, 4, 4, False, 2, 2, (8, 4, 3, 2, 1), 1,
         "4x2 accumulators leave some of 16 registers of 128 bits for products, where there is no fused multiply-add",
     ),
 )  # fmt: skip

@@ -165,7 +165,7 @@ def _forward_paths(
     found |= {f"product: {gemm.tile_height(left_over)} rows left over"} if left_over else set()
     found |= {"product: last tile copied"} if gemm.tile_height(left_over) > left_over > 0 else set()
     found |= {"product: columns left over"} if filters % width else set()
-    found |= {"product: products left over"} if gemm.products(dtype, depth) % gemm_tile.UNROLL else set()
+    found |= {"product: products left over"} if gemm.products(dtype, depth) % gemm_tile.STRETCH else set()
     found |= {"product: two sums"} if depth > gemm_tile.SUMMED_AT_ONCE else set()
     found |= {"product: three sums"} if depth > 2 * gemm_tile.SUMMED_AT_ONCE else set()
     found |= {"product: past the caches"} if gemm.past_caches(dtype, rows, filters, 0) else set()
@@ -189,9 +189,9 @@ def every_path() -> set[str]:
         {f"product: {height} rows left over" for height in heights}
         | {f"depthwise sliding: {pixels} pixels" for pixels in TILE.slides}
         | parallel
-        | ({"product: products left over"} if gemm_tile.UNROLL > 1 else set())
         | {
             "serial",
+            "product: products left over",
             "empty batch",
             "plain channels",
             "repeated channels",
