@@ -6,7 +6,6 @@ np.float32, np.float64 or BFLOAT16. Nothing is written outside the tile that the
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 
 from llvmlite import ir

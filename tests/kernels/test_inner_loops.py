@@ -24,7 +24,7 @@ FUNCTIONS = (
     "depthwise._correlate_columns",
 )
 REGISTERS = {"avx512": "zmm", "avx2": "ymm"}
-# A core that starts five or six instructions a cycle starts two fused multiply-adds, of which Zen 4 does one of 512 bits.
+# A core that starts five or six instructions a cycle starts two fused multiply-adds; Zen 4 one of those of 512 bits.
 # Where another thread shares the core it starts half as many: then each that is no multiply-add costs time.
 INSTRUCTIONS_A_PRODUCT = {"avx512": 1.45, "avx2": 1.85, "bfloat16": 1.7}
 
