@@ -28,6 +28,7 @@ from .tiles import CHOSEN
 
 GRADIENT_GROUPS = 16  # partial sums of d_kernel: a constant, so that the result does not depend on the thread count
 LINES_BYTES = 32 * 1024  # what a few lines need of L1
+ALL_CHANNELS = 1 << 40
 BAND_BYTES = 192 * 1024  # lines worked on together stay in L2
 CORRELATED_CHANNELS = 256  # what so many channels of a line are read for, tap by tap, finds them in L1
 
@@ -51,9 +52,13 @@ def _forward_span(dtype, g, c, count, n, p, q_first, q_last, x, x_low, kernel, b
 
 @kernel
 def channel_block(dtype, pixels):
-    """Channels taken at once: so many that `pixels` pixels, which consecutive lines read again, are still in L1."""
+    """Channels taken at once: so many that `pixels` pixels, which consecutive lines read again, are still in L1.
+
+    All, where not even the least would be: the hardware reads ahead of whole pixels.
+    """
     least = CHOSEN.span * lanes(dtype)
-    return max(1, LINES_BYTES // max(1, pixels * least * size_of(dtype))) * least
+    blocks = LINES_BYTES // max(1, pixels * least * size_of(dtype))
+    return blocks * least if blocks > 0 else ALL_CHANNELS
 
 
 @kernel

@@ -134,13 +134,24 @@ def _sliding(
 ):  # fmt: skip
     """`pixels` pixels x `masks` channel vectors from channel `first` on.
 
-    The pixels that the next tile is the first to read come into L1.
+    What the next tile is the first to read or write comes into L1. Each row asks for a part: all lines at once would
+    fill the queue of what the core waits for, and the next tile's first loads would wait behind them.
     """
     builder, columns = emit.builder, pixels + SLIDING_TAPS - 1
     accumulators = _accumulators(emit, "slide", pixels, first, masks, bias)
     x_first, kernel_first = emit.at(emit.pointer(x), first), emit.at(emit.pointer(kernel), first)
     x_lows = emit.splat(x_low)
+    last_line, y_first = (
+        emit.at(x_first, builder.mul(builder.sub(rows, index(1)), x_row)),
+        emit.at(emit.pointer(y), first),
+    )
+    asked = -(-pixels // SLIDING_TAPS)  # pixels a row: all of them, where rows are as many as taps
     with cgutils.for_range(builder, rows) as loop:
+        for i in range(asked):
+            pixel = builder.add(builder.mul(loop.index, index(asked)), index(i))
+            column, behind = (builder.add(pixel, index(step)) for step in (columns, pixels))
+            emit.prefetch_span(emit.at(last_line, builder.mul(x_pixel, column)), len(masks))
+            emit.prefetch_span(emit.at(y_first, builder.mul(y_pixel, behind)), len(masks), write=True)
         x_line = emit.at(x_first, builder.mul(loop.index, x_row))
         kernel_line = emit.at(kernel_first, builder.mul(loop.index, kernel_row))
         weights = [
@@ -163,9 +174,6 @@ def _sliding(
             else:
                 with builder.if_then(builder.not_(cuts[0 if column == 0 else 1])):
                     add_column(column)
-    last_line = emit.at(x_first, builder.mul(builder.sub(rows, index(1)), x_row))
-    for column in range(columns, columns + pixels):
-        emit.prefetch_span(emit.at(last_line, builder.mul(x_pixel, index(column))), len(masks))
     _store_pixels(emit, accumulators, first, masks, y, y_pixel, low, high)
 
 

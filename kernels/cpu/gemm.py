@@ -26,6 +26,7 @@ PASSES = 8  # packing a kernel in passing for so many blocks costs no more than 
 BLOCK_TILES = 168 // TILE_ROWS  # more rows than that would cost more in address translation than they save
 STREAMED_BYTES = 24 << 20  # an output larger than that is gone from the caches before anyone reads it
 THIN_ROWS = 42  # with more, the tiles that do not pack a panel ask for all of the next one in time
+THIN_COLLIDING_ROWS = 56  # but rows that collide have driven each other out by then, unless there are many tiles
 LEAST_TILES = 8  # a worker with fewer tiles of rows would mostly read the kernel: filters are split instead
 
 
@@ -222,12 +223,13 @@ def _multiply_panel(
 
 
 @kernel
-def is_thin(dtype, rows, column_stride):
+def is_thin(dtype, rows, row_stride, column_stride):
     """Whether a kernel that is not packed is better read in slabs: for so few rows it takes longer to come than to use.
 
     Asked for all rows of a product, since that decides on the order in which it is summed, which threads must not.
     """
-    return rows <= THIN_ROWS and column_stride == 1 and factors(dtype) == 1
+    most = THIN_COLLIDING_ROWS if rows_collide(dtype, row_stride) else THIN_ROWS
+    return rows <= most and column_stride == 1 and factors(dtype) == 1
 
 
 @kernel

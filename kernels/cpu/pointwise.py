@@ -100,7 +100,7 @@ def _multiply(
     itemsize = size_of(dtype)
     first, last, f_first, f_last = work(dtype, rows, filters, worker, workers)
     blocks = block_count(dtype, depth, last - first)
-    streamed, thin = past_caches(dtype, rows, filters, y), is_thin(dtype, rows, column_stride)
+    streamed, thin = past_caches(dtype, rows, filters, y), is_thin(dtype, rows, row_stride, column_stride)
     room = rows_length(dtype, depth, block_tiles(last - first, blocks))
     block = take_in_share(dtype, room + panel_length(dtype, depth), lacking)
     if block == 0:

@@ -50,7 +50,7 @@ def _forward(
     first, last, f_first, f_last = gemm.work(dtype, pixels, filters, worker, workers)
     blocks = gemm.block_count(dtype, depth, last - first)
     block_length = gemm.block_tiles(last - first, blocks) * TILE_ROWS * row
-    streamed, thin = gemm.past_caches(dtype, pixels, filters, y), gemm.is_thin(dtype, pixels, 1)
+    streamed, thin = gemm.past_caches(dtype, pixels, filters, y), gemm.is_thin(dtype, pixels, filters, 1)
     block = take_in_share(dtype, block_length + gemm.panel_length(dtype, depth), lacking)
     if block == 0:
         return

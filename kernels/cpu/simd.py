@@ -133,10 +133,10 @@ class Vectors:
         )
         self.builder.call(function, [address, *(ir.Constant(_LANE, flag) for flag in (int(write), 4 - level, 1))])
 
-    def prefetch_span(self, pointer, count: int, level: int = 1):
+    def prefetch_span(self, pointer, count: int, level: int = 1, write: bool = False):
         """Ask for the cache lines of `count` vectors that lie side by side."""
         for offset in range(0, count * self.lanes * self.itemsize, CACHE_LINE):
-            self.prefetch(self.at(pointer, index(offset // self.itemsize)), level)
+            self.prefetch(self.at(pointer, index(offset // self.itemsize)), level, write)
 
     def multiply_add(self, a, b, c):
         """a*b + c, rounded once where the target can."""

@@ -153,7 +153,7 @@ def _forward_paths(
         if column_stride == 1 and filters >= width:
             found.add("product: panels packed in passing")
             found |= {"product: rows of the kernel collide"} if gemm.rows_collide(dtype, row_stride) else set()
-        if gemm.is_thin(dtype, rows, column_stride):
+        if gemm.is_thin(dtype, rows, row_stride, column_stride):
             found.add(f"product: {'several slabs' if depth > gemm.EARLY else 'one slab'}")
         if column_stride != 1 or filters % width:
             found.add("product: panels packed apart")

@@ -88,10 +88,11 @@ def test_residuals_of_whole_tiles_and_of_packed_kernels(depth, filters, rng):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("depth", [1, gemm.EARLY, gemm.EARLY + 1, 2 * gemm.EARLY + 51])
-@pytest.mark.parametrize("filters", [1, 67, 130])
+@pytest.mark.parametrize("filters", [1, 67, 130, 512])  # rows of 512 collide
 def test_few_rows_by_slabs_of_the_kernel(depth, filters, dtype, rng):
     """As many rows as go by slabs, and more. Between two slabs nothing is clamped, and no residual added."""
-    for rows in (1, 9, gemm.TILE_ROWS, gemm.TILE_ROWS + 1, gemm.THIN_ROWS, gemm.THIN_ROWS + 1):
+    most = gemm.THIN_COLLIDING_ROWS if filters == 512 else gemm.THIN_ROWS
+    for rows in (1, 9, gemm.TILE_ROWS, gemm.TILE_ROWS + 1, most, most + 1):
         shapes = (rows, depth), (depth, filters), (filters,), (rows, filters)
         values = [rng.standard_normal(shape) for shape in shapes]
         values[0].flat[-1] = np.nan
