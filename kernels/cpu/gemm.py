@@ -161,9 +161,11 @@ def past_caches(dtype, rows, filters, y):
 
 
 @kernel
-def _lines(dtype, columns):
-    """Cache lines that so many elements touch, wherever they begin."""
-    return ceil_div(columns * size_of(dtype), CACHE_LINE) + 1
+def lines_of_row(dtype, first, row_stride, columns):
+    """Cache lines that so many elements of a row touch, the first of the first row being at address `first`."""
+    itemsize = size_of(dtype)
+    aligned = first % CACHE_LINE == 0 and row_stride * itemsize % CACHE_LINE == 0
+    return ceil_div(columns * itemsize, CACHE_LINE) + (0 if aligned else 1)
 
 
 @kernel
@@ -188,7 +190,7 @@ def _asks(products):
 
 @kernel
 def _silent_tiles(panel):
-    """How many of the tiles that pass a panel ask for nothing: where they pack it, the first."""
+    """How many of the tiles that pass a panel do not ask for the next one: where they pack it, the first."""
     return 1 if panel != 0 else 0
 
 
@@ -204,13 +206,15 @@ def _multiply_panel(
     itemsize = size_of(dtype)
     count, packed = products(dtype, depth), panel
     asks, row = _asks(count), gemm_columns(dtype) * factors(dtype)
-    lines = _lines(dtype, row) * ASK_STEP  # columns of them, each of every ASK_STEPth row
+    lines = lines_of_row(dtype, next_b, next_step, row) * ASK_STEP  # columns of them, each of every ASK_STEPth row
     silent = _silent_tiles(panel)
     for m in range(0, rows, TILE_ROWS):
         height, turn = min(TILE_ROWS, rows - m), m // TILE_ROWS - silent
         wanted = next_b + turn // ASK_STEP * CACHE_LINE + turn % ASK_STEP * next_step * itemsize
         step = ASK_STEP * next_step
-        if turn >= lines:
+        if packed != 0:
+            wanted, step = b + EARLY * b_step * itemsize, b_step
+        elif turn >= lines:
             wanted, step = ahead + (turn - lines) * asks * ahead_step * itemsize, ahead_step
         block = a + m * a_row * itemsize if height == TILE_ROWS or tail == 0 else tail
         gemm_tile(
@@ -288,8 +292,8 @@ def multiply_block(
     width, line = gemm_columns(dtype), CACHE_LINE // itemsize
     row, length = width * factors(dtype), width * whole_depth(dtype, depth)
     silent = 0 if panels != 0 else _silent_tiles(own)
-    asks_ahead = max(0, ceil_div(rows, TILE_ROWS) - silent - _lines(dtype, row) * ASK_STEP)
-    asks_ahead *= _asks(products(dtype, depth))
+    lines = lines_of_row(dtype, panels, row, row) if panels != 0 else lines_of_row(dtype, kernel, row_stride, width)
+    asks_ahead = max(0, ceil_div(rows, TILE_ROWS) - silent - lines * ASK_STEP) * _asks(products(dtype, depth))
     step_ahead = min(line, ceil_div(ahead_length, max(1, ceil_div(f_last - f_first, width) * asks_ahead)))
     for f in range(f_first, f_last, width):
         columns = min(width, filters - f)

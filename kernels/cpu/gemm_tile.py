@@ -48,9 +48,9 @@ def gemm_tile(
     bfloat16, depth counts pairs, which lie side by side in a and in the panel that b is: k is one's first element.
     `tile_rows` is one of GEMM_ROWS, at least `rows`; `columns` is at most `vectors*lanes`.
     All `tile_rows` rows of a and all `vectors*lanes` columns of b are read, whatever `rows` and `columns` are.
-    Meanwhile b is copied into the packed `panel`, if that is not 0, and one cache line every ASK_STEP k is asked for in
-    L2: that which holds `ahead + k//ASK_STEP*ahead_step`. Where UNROLL > 1, a tile that packs b asks for nothing, nor
-    do products that fill no turn.
+    Meanwhile b is copied into the packed `panel`, if that is not 0, and what is needed later is asked for in L2: one
+    cache line every ASK_STEP k, that which holds `ahead + k//ASK_STEP*ahead_step`, except for products that fill no
+    stretch. A tile that packs b asks with each row for the lines of a row of `columns` at `ahead + k*ahead_step`.
 
     Assumes: depth >= 0; a's rows and b's columns readable to the tile's full size; b in a panel already where `panel`
     is 0, which of bfloat16 it is; c's rows at multiples of a vector if `past_caches` is not 0.
@@ -78,7 +78,7 @@ def _gemm_tile(
     _for_each(emit, sums, lambda register: builder.store(emit.zero(), register))
     output = _OutputLines(emit, height, c, c_row, residual_offset, past_caches)
     output.ask_for_residual()
-    a_rows, b_rows = _Rows(emit, a, a_row, a_step, height), _Kernel(emit, b, b_step, panel)
+    a_rows, b_rows = _Rows(emit, a, a_row, a_step, height), _Kernel(emit, b, b_step, panel, ahead, ahead_step)
     totals = _Totals(emit, sums)
     at_once = index(SUMMED_AT_ONCE // emit.factors)
     chunks = builder.sdiv(builder.add(depth, builder.sub(at_once, index(1))), at_once)
@@ -114,10 +114,11 @@ def _gemm_tile(
 class _Kernel:
     """The rows of b, one after the other."""
 
-    def __init__(self, emit: Vectors, b, b_step, panel) -> None:
-        self.emit, self.step, self.panel = emit, b_step, panel
+    def __init__(self, emit: Vectors, b, b_step, panel, ahead, ahead_step) -> None:
+        self.emit, self.step, self.panel, self.ahead_step = emit, b_step, panel, ahead_step
         self.next = cgutils.alloca_once_value(emit.builder, emit.pointer(b))
         self.copy = cgutils.alloca_once_value(emit.builder, emit.pointer(panel))
+        self.ahead = cgutils.alloca_once_value(emit.builder, emit.pointer(ahead))
 
     def take_packed(self, count: int) -> Iterator[list]:
         """The vectors of the next rows, which are those of a panel: constants apart, so one pointer serves them all."""
@@ -140,7 +141,9 @@ class _Kernel:
             for j, vector in enumerate(vectors):
                 emit.store(vector, emit.at(copy, index(j * emit.lanes)))
             builder.store(emit.at(copy, index(CHOSEN.vectors * emit.lanes)), self.copy)
-            emit.prefetch_span(emit.at(line, builder.mul(self.step, index(EARLY))), CHOSEN.vectors, level=2)
+            ahead = builder.load(self.ahead)
+            emit.prefetch_span(ahead, CHOSEN.vectors, level=2)
+            builder.store(emit.at(ahead, self.ahead_step), self.ahead)
         return vectors
 
 

@@ -22,6 +22,7 @@ from .gemm import (
     block_tiles,
     clear_behind,
     is_thin,
+    lines_of_row,
     multiply_block,
     padded_row,
     panel_length,
@@ -39,7 +40,7 @@ from .memory import address, ceil_div, copy, fence, keep, share, size_of, view
 from .packing import pack_panel, pack_strip, strip_width
 from .pool import compiled_once, parallel_kernel
 from .scratch import give, require, take_in_share, try_take
-from .simd import factors, infinity
+from .simd import CACHE_LINE, factors, infinity
 from .tiles import CHOSEN
 
 GRADIENT_PANEL_BYTES = 24 * 1024  # L1 holds a panel of dy and a strip of x
@@ -148,28 +149,41 @@ def forward(dtype, rows, depth, filters, x, kernel, bias, y, low, high, threads)
 
 
 @compiled_once
-def _gradient_panel(dtype, rows, tiles, depth, columns, strips, dy, dy_row, panel, d_kernel, fresh, ahead, ahead_step):
+def _gradient_panel(
+    dtype, rows, tiles, depth, columns, strips, dy, dy_row, panel, d_kernel, fresh, next_dy, next_lines,
+    ahead, ahead_step, ahead_lines,
+):  # fmt: skip
     """Adds x^T.dy over one block of rows to one panel's columns of d_kernel, as many rows of it as there are strips.
 
-    The first tile packs dy into the panel, which ends in a row of zeros: from there a fresh sum starts. Each tile asks
-    for another column of what lies ahead.
+    The first tile packs dy into the panel, which ends in a row of zeros: from there a fresh sum starts. Each of the
+    others asks for another column of lines, first of the next panel of dy, then of what lies ahead: all at once would
+    wait for each other.
     """
     itemsize = size_of(dtype)
     width, strip = gemm_columns(dtype), strip_width(dtype)
     zeros = panel + rows * width * itemsize
-    b, b_row, packed = dy, dy_row, panel
+    b, b_row, packed, silent = dy, dy_row, panel, 1
     if columns < width:
         pack_panel(dtype, rows, columns, dy, dy_row, 1, panel)
-        b, b_row, packed = panel, width, 0
+        b, b_row, packed, silent = panel, width, 0, 0
     for tile in range(tiles):
         k = tile * TILE_ROWS
         count = min(TILE_ROWS, depth - k)
         target = d_kernel + k * dy_row * itemsize
         start, start_row = (zeros, 0) if fresh else (target, dy_row)
+        turn, wanted, step = tile - silent, next_dy, dy_row
+        if turn >= next_lines * ASK_STEP:
+            turn, wanted, step = turn - next_lines * ASK_STEP, ahead, ahead_step
+            if turn >= ahead_lines * ASK_STEP:
+                step = 0
+        if packed != 0:
+            wanted, step = next_dy, dy_row if tiles <= next_lines * ASK_STEP else 0
+        else:
+            wanted += turn // ASK_STEP * CACHE_LINE + turn % ASK_STEP * step * itemsize
+            step *= ASK_STEP
         gemm_tile(
             dtype, tile_height(count), count, columns, rows, strips + tile * rows * strip * itemsize, 1, strip,
-            b, b_row, packed, ahead + (k + tile % ASK_STEP * ahead_step) * itemsize, ASK_STEP * ahead_step,
-            start, start_row, 0, target, dy_row, 0, -infinity(dtype), infinity(dtype),
+            b, b_row, packed, wanted, step, start, start_row, 0, target, dy_row, 0, -infinity(dtype), infinity(dtype),
         )  # fmt: skip
         b, b_row, packed = panel, width, 0
 
@@ -206,27 +220,34 @@ def pack_strips(dtype, rows, first, depth, x, x_row, room):
 
 
 @kernel
-def add_strips(dtype, rows, depth, filters, dy, dy_row, d_kernel, fresh, ahead, ahead_step, room):
+def add_strips(dtype, rows, depth, filters, dy, dy_row, d_kernel, fresh, ahead, ahead_step, ahead_columns, room):
     """d_kernel = x^T . dy for a block of rows, or += if not `fresh`: so many columns of x, and of dy and d_kernel.
 
-    Meanwhile asks for what lies `ahead`, in rows `ahead_step` apart, and for the panels of dy.
-    Assumes: x is packed in `room`; rows <= MOST_BLOCK_ROWS; rows of dy and of d_kernel `dy_row` apart.
+    Meanwhile asks for the first columns of the rows `ahead`, and for the next panel of dy: after the last, that of the
+    rows behind. Assumes: x is packed in `room`; rows <= MOST_BLOCK_ROWS; rows of dy and of d_kernel `dy_row` apart.
     """
     itemsize, width = size_of(dtype), gemm_columns(dtype)
     view(dtype, room + rows * width * itemsize, width)[:] = 0
-    for f in range(0, filters, width):  # a panel of dy stays in L1
+    panels, next_lines = ceil_div(filters, width), lines_of_row(dtype, dy, dy_row, min(width, filters))
+    ahead_lines = lines_of_row(dtype, ahead, ahead_step, ahead_columns) if ahead_columns > 0 else 0
+    for number in range(panels):  # a panel of dy stays in L1
+        f = number * width
+        next_dy = dy + (f + width if number < panels - 1 else rows * dy_row) * itemsize
+        first, last = share(ahead_lines, number, panels)
         _gradient_panel(
             dtype, rows, ceil_div(depth, TILE_ROWS), depth, min(width, filters - f), _strips(dtype, room),
-            dy + f * itemsize, dy_row, room, d_kernel + f * itemsize, fresh, ahead, ahead_step,
+            dy + f * itemsize, dy_row, room, d_kernel + f * itemsize, fresh, next_dy, next_lines,
+            ahead + first * CACHE_LINE, ahead_step, last - first,
         )  # fmt: skip
-        ahead, ahead_step = dy + (f + 2 * width) * itemsize, dy_row
 
 
 @kernel
-def add_gradient(dtype, rows, depth, filters, x, x_row, dy, dy_row, d_kernel, fresh, ahead, ahead_step, room):
+def add_gradient(
+    dtype, rows, depth, filters, x, x_row, dy, dy_row, d_kernel, fresh, ahead, ahead_step, ahead_columns, room
+):
     """As `add_strips`, for an x that is not packed."""
     pack_strips(dtype, rows, 0, depth, x, x_row, room)
-    add_strips(dtype, rows, depth, filters, dy, dy_row, d_kernel, fresh, ahead, ahead_step, room)
+    add_strips(dtype, rows, depth, filters, dy, dy_row, d_kernel, fresh, ahead, ahead_step, ahead_columns, room)
 
 
 @kernel
@@ -271,7 +292,7 @@ def _kernel_gradient(dtype, worker, workers, rows, depth, filters, x, dy, d_kern
         add_gradient(
             dtype, m1 - m0, k_last - k_first, f_last - f_first, x + (m0 * depth + k_first) * itemsize, depth,
             dy + (m0 * filters + f_first) * itemsize, filters, d_kernel + (k_first * filters + f_first) * itemsize,
-            block == 0, x + (m1 * depth + k_first) * itemsize, depth, room,
+            block == 0, x + (m1 * depth + k_first) * itemsize, depth, k_last - k_first, room,
         )  # fmt: skip
     give(room)
 

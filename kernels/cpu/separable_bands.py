@@ -14,7 +14,6 @@ from . import depthwise as dw
 from . import pointwise as pw
 from .depthwise import GRADIENT_GROUPS
 from .gemm import TILE_ROWS
-from .gemm_tile import gemm_columns
 from .images import images_at_once, of_images
 from .jit import kernel
 from .memory import address, ceil_div, keep, share, size_of, view
@@ -72,14 +71,13 @@ def _multiply_band(dtype, g, filters, first, last, end, x, depthwise, dy, panels
     depth, low, high = g.channels, -infinity(dtype), infinity(dtype)
     rows_room = room + pw.gradient_length(dtype, depth) * itemsize
     mid = rows_room + pw.rows_length(dtype, filters, BLOCK_ROWS // TILE_ROWS) * itemsize
-    width, step = gemm_columns(dtype), block_rows(last - first)
+    step = block_rows(last - first)
     for m in range(first, last, step):
         m1, dy_block = min(last, m + step), dy + m * filters * itemsize
         if d_pointwise != 0:
             dw.forward_pixels(dtype, g, 0, depth, m, m1, x, low, depthwise, 0, mid, depth, low, high)
-            ahead = dy_block + (width if filters > width else (m1 - m) * filters) * itemsize
             pw.add_gradient(
-                dtype, m1 - m, depth, filters, mid, depth, dy_block, filters, d_pointwise, False, ahead, filters, room
+                dtype, m1 - m, depth, filters, mid, depth, dy_block, filters, d_pointwise, False, 0, 0, 0, room
             )
         if d_mid != 0:
             pw.multiply_rows(
