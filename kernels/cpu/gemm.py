@@ -162,10 +162,23 @@ def past_caches(dtype, rows, filters, y):
 
 @kernel
 def lines_of_row(dtype, first, row_stride, columns):
-    """Cache lines that so many elements of a row touch, the first of the first row being at address `first`."""
+    """Cache lines that so many elements of a row touch at most; of others of the matrix, they are as many further on.
+
+    `first` is the address of the matrix's first element.
+    """
     itemsize = size_of(dtype)
-    aligned = first % CACHE_LINE == 0 and row_stride * itemsize % CACHE_LINE == 0
-    return ceil_div(columns * itemsize, CACHE_LINE) + (0 if aligned else 1)
+    bytes_apart = first | row_stride * itemsize | columns * itemsize
+    return ceil_div(columns * itemsize, CACHE_LINE) + (0 if bytes_apart % CACHE_LINE == 0 else 1)
+
+
+@kernel
+def column_of_lines(dtype, first, row_stride, number):
+    """What a tile asks for of rows whose first one begins at `first`: (address, elements to the next).
+
+    A column of lines, one of each row, takes ASK_STEP tiles: each asks for every ASK_STEPth row.
+    """
+    row, column = number % ASK_STEP, number // ASK_STEP
+    return first + row * row_stride * size_of(dtype) + column * CACHE_LINE, ASK_STEP * row_stride
 
 
 @kernel
@@ -188,34 +201,29 @@ def _asks(products):
     return products // STRETCH * ASKS_A_STRETCH
 
 
-@kernel
-def _silent_tiles(panel):
-    """How many of the tiles that pass a panel do not ask for the next one: where they pack it, the first."""
-    return 1 if panel != 0 else 0
-
-
 @compiled_once
 def _multiply_panel(
     dtype, rows, depth, filters, columns, a, a_row, tail, b, b_step, panel, next_b, next_step, ahead, ahead_step,
     start, start_row, residual_offset, y, past_caches, low, high,
 ):  # fmt: skip
-    """One panel of filters: tiles of rows pass it, each in L1 for its depth. The first packs b into `panel`, if not 0.
+    """One panel of filters: tiles of rows pass it, each in L1 for its depth. The first packs b into `panel`, if not 0,
+    and asks for its rows early.
 
     Of what comes next the first tiles ask for the next panel, a column of lines each, and the others for `ahead`.
     """
     itemsize = size_of(dtype)
     count, packed = products(dtype, depth), panel
     asks, row = _asks(count), gemm_columns(dtype) * factors(dtype)
-    lines = lines_of_row(dtype, next_b, next_step, row) * ASK_STEP  # columns of them, each of every ASK_STEPth row
-    silent = _silent_tiles(panel)
+    tiles_asking = lines_of_row(dtype, next_b, next_step, row) * ASK_STEP
+    silent = 1 if panel != 0 else 0
     for m in range(0, rows, TILE_ROWS):
         height, turn = min(TILE_ROWS, rows - m), m // TILE_ROWS - silent
-        wanted = next_b + turn // ASK_STEP * CACHE_LINE + turn % ASK_STEP * next_step * itemsize
-        step = ASK_STEP * next_step
         if packed != 0:
-            wanted, step = b + EARLY * b_step * itemsize, b_step
-        elif turn >= lines:
-            wanted, step = ahead + (turn - lines) * asks * ahead_step * itemsize, ahead_step
+            wanted, step = b + min(EARLY, depth) * b_step * itemsize, b_step
+        elif turn < tiles_asking:
+            wanted, step = column_of_lines(dtype, next_b, next_step, turn)
+        else:
+            wanted, step = ahead + (turn - tiles_asking) * asks * ahead_step * itemsize, ahead_step
         block = a + m * a_row * itemsize if height == TILE_ROWS or tail == 0 else tail
         gemm_tile(
             dtype, tile_height(height), height, columns, count, block, a_row, factors(dtype), b, b_step, packed,
@@ -243,8 +251,8 @@ def _multiply_slabs(
 ):  # fmt: skip
     """Filters f_first..f_last of y for few rows: the kernel is read a slab of its rows at a time, all panels of each.
 
-    Every panel's tile goes on summing in y and asks for its part of the next slab, EARLY rows on. A panel at a time
-    would skip through the whole kernel for two cache lines of each row, which memory answers half as fast.
+    Every panel's tile goes on summing in y and asks for its part of the next slab. A panel at a time would skip through
+    the whole kernel for two cache lines of each row, which memory answers half as fast.
     """
     itemsize, width = size_of(dtype), gemm_columns(dtype)
     slabs = max(1, ceil_div(depth, EARLY))
@@ -291,7 +299,7 @@ def multiply_block(
     itemsize = size_of(dtype)
     width, line = gemm_columns(dtype), CACHE_LINE // itemsize
     row, length = width * factors(dtype), width * whole_depth(dtype, depth)
-    silent = 0 if panels != 0 else _silent_tiles(own)
+    silent = 1 if panels == 0 and column_stride == 1 else 0  # the tile that packs in passing
     lines = lines_of_row(dtype, panels, row, row) if panels != 0 else lines_of_row(dtype, kernel, row_stride, width)
     asks_ahead = max(0, ceil_div(rows, TILE_ROWS) - silent - lines * ASK_STEP) * _asks(products(dtype, depth))
     step_ahead = min(line, ceil_div(ahead_length, max(1, ceil_div(f_last - f_first, width) * asks_ahead)))

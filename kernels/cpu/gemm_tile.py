@@ -129,7 +129,7 @@ class _Kernel:
             yield emit.load_factors(emit.at(line, index(k * width)))
 
     def take(self) -> list:
-        """The vectors of the next row, copied into the panel on the way if one is wanted."""
+        """The vectors of the next row. If a panel is wanted they are copied into it, and as many asked for."""
         emit, builder = self.emit, self.emit.builder
         line = builder.load(self.next)
         builder.store(emit.at(line, self.step), self.next)
@@ -192,7 +192,8 @@ class _OutputLines:
     """Asks for the tile's cache lines of c and of the residual, so that they have come when they are needed.
 
     The 28 of AVX-512 at once would fill the queue of what the core waits for, and the first rows of a and b would wait
-    behind them: a tenth of the time at depth 64 (Zen 4). So each stretch asks for those of ROWS_A_STRETCH rows. Rows
+    behind them: a tenth of the time at depth 64 (Zen 4). So each stretch asks for those of ROWS_A_STRETCH rows, and a
+    tile that packs b, which has none, for no row. Rows
     that collide in L1 (see `rows_collide`) come to L2, for in L1 they would drive each other out, and a's rows too.
     None are wanted where c is written past the caches. Where rows do not begin with a line, most reach into one more.
     """
@@ -287,7 +288,8 @@ def _multiply_step(emit: Vectors, sums, a_rows: _Rows, k: int, b_vectors) -> Non
     for i, row in enumerate(sums):
         for j, (b_vector, register) in enumerate(zip(b_vectors, row, strict=True)):
             if j == 0 or (anew and i % 2 == 0):
-                emit.in_order(row[:j])
+                if j > 0:
+                    emit.in_order(row[:j])
                 a_value = a_rows.broadcast(i, k)
             builder.store(emit.add_products(a_value, b_vector, builder.load(register)), register)
         emit.in_order(row)

@@ -21,6 +21,7 @@ from .gemm import (
     block_range,
     block_tiles,
     clear_behind,
+    column_of_lines,
     is_thin,
     lines_of_row,
     multiply_block,
@@ -157,7 +158,7 @@ def _gradient_panel(
 
     The first tile packs dy into the panel, which ends in a row of zeros: from there a fresh sum starts. Each of the
     others asks for another column of lines, first of the next panel of dy, then of what lies ahead: all at once would
-    wait for each other.
+    wait for each other. Where they are too few for the panel, the first asks for all of it.
     """
     itemsize = size_of(dtype)
     width, strip = gemm_columns(dtype), strip_width(dtype)
@@ -166,21 +167,21 @@ def _gradient_panel(
     if columns < width:
         pack_panel(dtype, rows, columns, dy, dy_row, 1, panel)
         b, b_row, packed, silent = panel, width, 0, 0
+    few = packed != 0 and tiles <= next_lines * ASK_STEP
+    asks = 0 if few else next_lines * ASK_STEP
     for tile in range(tiles):
-        k = tile * TILE_ROWS
+        k, turn = tile * TILE_ROWS, tile - silent
         count = min(TILE_ROWS, depth - k)
         target = d_kernel + k * dy_row * itemsize
         start, start_row = (zeros, 0) if fresh else (target, dy_row)
-        turn, wanted, step = tile - silent, next_dy, dy_row
-        if turn >= next_lines * ASK_STEP:
-            turn, wanted, step = turn - next_lines * ASK_STEP, ahead, ahead_step
-            if turn >= ahead_lines * ASK_STEP:
-                step = 0
+        wanted, step = panel, 0  # nothing that is not there
         if packed != 0:
-            wanted, step = next_dy, dy_row if tiles <= next_lines * ASK_STEP else 0
-        else:
-            wanted += turn // ASK_STEP * CACHE_LINE + turn % ASK_STEP * step * itemsize
-            step *= ASK_STEP
+            if few:
+                wanted, step = next_dy, dy_row
+        elif turn < asks:
+            wanted, step = column_of_lines(dtype, next_dy, dy_row, turn)
+        elif turn - asks < ahead_lines * ASK_STEP:
+            wanted, step = column_of_lines(dtype, ahead, ahead_step, turn - asks)
         gemm_tile(
             dtype, tile_height(count), count, columns, rows, strips + tile * rows * strip * itemsize, 1, strip,
             b, b_row, packed, wanted, step, start, start_row, 0, target, dy_row, 0, -infinity(dtype), infinity(dtype),

@@ -25,7 +25,7 @@ class Tile(NamedTuple):
     rows: tuple[int, ...]  # pointwise: rows of the output tile; the first is the fastest, the others serve remainders
     vectors: int  # pointwise: vectors in a row of the output tile
     unroll: int  # pointwise: products in a turn of the inner loop
-    ask_step: int  # pointwise: products for which one cache line is asked for; divides `unroll`
+    ask_step: int  # pointwise: products for which one cache line is asked for
     broadcasts: bool  # a multiply-add takes a scalar in memory for a vector
     pixels: int  # depthwise: output pixels at once
     span: int  # depthwise: channel vectors at once
@@ -37,9 +37,9 @@ class Tile(NamedTuple):
 TILES = (
     Tile(
         "avx512", 64, True, (14, 12, 10, 8, 4, 2), 2, 4, 1, True, 4, 4, (8, 4, 3, 2, 1), 2,
-        "14x2 accumulators, 2 kernel vectors and a broadcast fill 31 of 32 registers; 16 loads feed 28 multiply-adds; "
+        "14x2 accumulators, 2 kernel vectors and a broadcast fill 31 of 32 registers; 23 loads feed 28 multiply-adds; "
         "4 products a turn, since a core with two units of 512 bits has but 56 cycles for all that it starts in one; "
-        "each has time to ask for a line, and blocks of few tiles need that many",
+        "one line asked for a product, since blocks of few tiles need that many",
     ),
     Tile(
         "avx2", 32, True, (6, 4, 2), 2, 4, 4, False, 4, 2, (8, 4, 3, 2, 1), 1,

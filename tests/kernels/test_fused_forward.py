@@ -86,6 +86,12 @@ def test_residuals_of_whole_tiles_and_of_packed_kernels(depth, filters, rng):
     assert_close("y of a packed kernel", again, exact)
 
 
+def test_rows_that_go_by_slabs_are_never_split():
+    """Else the number of threads would decide on how the kernel is packed, and so on the order of the sums."""
+    for workers in range(1, 65):
+        assert gemm._row_parts(max(gemm.THIN_ROWS, gemm.THIN_COLLIDING_ROWS), workers) == 1
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("depth", [1, gemm.EARLY, gemm.EARLY + 1, 2 * gemm.EARLY + 51])
 @pytest.mark.parametrize("filters", [1, 67, 130, 512])  # rows of 512 collide
