@@ -56,7 +56,8 @@ bench: ## set up, then race against TensorFlow and the other runtimes
 races = $(filter-out %bfloat16-$(1)-2cores.json,$(sort $(wildcard bench/results/*-$(1)-*.json)))
 report: ## set up, then make the README's tables and pictures of races on CPUs anew, from bench/results
 	$(setup) tensorflow,demo
-	$(REPORT) $(call races,zen4) --readme README.md --figures bench/results
+	$(REPORT) $(call races,emeraldrapids) --readme README.md --figures bench/results
+	$(REPORT) $(call races,zen4) --readme README.md --marker bench-zen4 --figures bench/results/zen4
 	$(REPORT) bench/results/xception-bfloat16-zen4-2cores.json --readme README.md --marker bench-bfloat16 --figures bench/results
 	$(REPORT) $(call races,zen3) --readme README.md --marker bench-avx2 --figures bench/results/zen3
 
