@@ -167,8 +167,8 @@ def lines_of_row(dtype, first, row_stride, columns):
     `first` is the address of the matrix's first element.
     """
     itemsize = size_of(dtype)
-    bytes_apart = first | row_stride * itemsize | columns * itemsize
-    return ceil_div(columns * itemsize, CACHE_LINE) + (0 if bytes_apart % CACHE_LINE == 0 else 1)
+    aligned = (first | row_stride * itemsize | columns * itemsize) % CACHE_LINE == 0
+    return ceil_div(columns * itemsize, CACHE_LINE) + (0 if aligned else 1)
 
 
 @kernel

@@ -21,7 +21,7 @@ ASK_STEP = CHOSEN.ask_step
 STRETCH = 8  # products from asking for what is needed later to asking again: the turns between have no time for it
 ASKS_A_STRETCH = STRETCH // ASK_STEP
 SUMMED_AT_ONCE = 256  # products in a running sum: its rounding error grows with its length, that of sums of sums less
-ROWS_A_STRETCH = 2
+ROWS_A_STRETCH = 2  # of c, whose lines a stretch asks for
 EARLY = 128  # rows of b from being asked for to being read, where it is not packed: more than memory takes to answer
 
 
@@ -193,9 +193,9 @@ class _OutputLines:
 
     The 28 of AVX-512 at once would fill the queue of what the core waits for, and the first rows of a and b would wait
     behind them: a tenth of the time at depth 64 (Zen 4). So each stretch asks for those of ROWS_A_STRETCH rows, and a
-    tile that packs b, which has none, for no row. Rows
-    that collide in L1 (see `rows_collide`) come to L2, for in L1 they would drive each other out, and a's rows too.
-    None are wanted where c is written past the caches. Where rows do not begin with a line, most reach into one more.
+    tile that packs b, which has none, for no row. Rows that collide in L1 (see `rows_collide`) come to L2, for in L1
+    they would drive each other out, and a's rows too. None are wanted where c is written past the caches. Where rows do
+    not begin with a line, most reach into one more.
     """
 
     def __init__(self, emit: Vectors, height: int, c, c_row, residual_offset, past_caches) -> None:

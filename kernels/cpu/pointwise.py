@@ -221,16 +221,17 @@ def pack_strips(dtype, rows, first, depth, x, x_row, room):
 
 
 @kernel
-def add_strips(dtype, rows, depth, filters, dy, dy_row, d_kernel, fresh, ahead, ahead_step, ahead_columns, room):
+def add_strips(dtype, rows, depth, filters, dy, dy_row, d_kernel, fresh, ahead, ahead_step, room):
     """d_kernel = x^T . dy for a block of rows, or += if not `fresh`: so many columns of x, and of dy and d_kernel.
 
-    Meanwhile asks for the first columns of the rows `ahead`, and for the next panel of dy: after the last, that of the
-    rows behind. Assumes: x is packed in `room`; rows <= MOST_BLOCK_ROWS; rows of dy and of d_kernel `dy_row` apart.
+    Meanwhile asks for as many columns of the rows `ahead`, if that is not 0, and for the next panel of dy: after the
+    last, that of the rows behind.
+    Assumes: x is packed in `room`; rows <= MOST_BLOCK_ROWS; rows of dy and of d_kernel `dy_row` apart.
     """
     itemsize, width = size_of(dtype), gemm_columns(dtype)
     view(dtype, room + rows * width * itemsize, width)[:] = 0
     panels, next_lines = ceil_div(filters, width), lines_of_row(dtype, dy, dy_row, min(width, filters))
-    ahead_lines = lines_of_row(dtype, ahead, ahead_step, ahead_columns) if ahead_columns > 0 else 0
+    ahead_lines = lines_of_row(dtype, ahead, ahead_step, depth) if ahead != 0 else 0
     for number in range(panels):  # a panel of dy stays in L1
         f = number * width
         next_dy = dy + (f + width if number < panels - 1 else rows * dy_row) * itemsize
@@ -243,12 +244,10 @@ def add_strips(dtype, rows, depth, filters, dy, dy_row, d_kernel, fresh, ahead, 
 
 
 @kernel
-def add_gradient(
-    dtype, rows, depth, filters, x, x_row, dy, dy_row, d_kernel, fresh, ahead, ahead_step, ahead_columns, room
-):
+def add_gradient(dtype, rows, depth, filters, x, x_row, dy, dy_row, d_kernel, fresh, ahead, ahead_step, room):
     """As `add_strips`, for an x that is not packed."""
     pack_strips(dtype, rows, 0, depth, x, x_row, room)
-    add_strips(dtype, rows, depth, filters, dy, dy_row, d_kernel, fresh, ahead, ahead_step, ahead_columns, room)
+    add_strips(dtype, rows, depth, filters, dy, dy_row, d_kernel, fresh, ahead, ahead_step, room)
 
 
 @kernel
@@ -293,7 +292,7 @@ def _kernel_gradient(dtype, worker, workers, rows, depth, filters, x, dy, d_kern
         add_gradient(
             dtype, m1 - m0, k_last - k_first, f_last - f_first, x + (m0 * depth + k_first) * itemsize, depth,
             dy + (m0 * filters + f_first) * itemsize, filters, d_kernel + (k_first * filters + f_first) * itemsize,
-            block == 0, x + (m1 * depth + k_first) * itemsize, depth, k_last - k_first, room,
+            block == 0, x + (m1 * depth + k_first) * itemsize, depth, room,
         )  # fmt: skip
     give(room)
 

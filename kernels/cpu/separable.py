@@ -147,7 +147,7 @@ def _pointwise_gradient(dtype, worker, workers, g, filters, x, depthwise, dy, d_
         pw.add_strips(
             dtype, m1 - m0, k_last - k_first, f_last - f_first, dy + (m0 * filters + f_first) * itemsize, filters,
             d_pointwise + (k_first * filters + f_first) * itemsize, block == 0 and not accumulate,
-            x + (x_read + k_first) * itemsize, depth, k_last - k_first, room,
+            x + (x_read + k_first) * itemsize, depth, room,
         )  # fmt: skip
     give(room)
 

@@ -77,7 +77,7 @@ def _multiply_band(dtype, g, filters, first, last, end, x, depthwise, dy, panels
         if d_pointwise != 0:
             dw.forward_pixels(dtype, g, 0, depth, m, m1, x, low, depthwise, 0, mid, depth, low, high)
             pw.add_gradient(
-                dtype, m1 - m, depth, filters, mid, depth, dy_block, filters, d_pointwise, False, 0, 0, 0, room
+                dtype, m1 - m, depth, filters, mid, depth, dy_block, filters, d_pointwise, False, 0, 0, room
             )
         if d_mid != 0:
             pw.multiply_rows(
