@@ -43,10 +43,9 @@ from numba.core.runtime import rtsys
 from numba.core.serialize import dumps
 
 from .. import cache_folder
-from .tiles import L2_BYTES
+from .tiles import CHOSEN, L2_BYTES
 
 FOLDER_VARIABLE = cache_folder.VARIABLE
-_TILE_VARIABLE = "FASTSEPCONV_TILE"
 _MAGIC = b"fastsepconv kernel 1\n"
 _FOLDERS_KEPT = 16
 _ABANDONED_AFTER_S = 3600
@@ -255,7 +254,7 @@ def _hash_folder(folder: Path) -> str:
 def _process_key() -> tuple:
     """What this process was started with and the machine code depends on."""
     options = tuple(getattr(config, name, None) for name in _NUMBA_OPTIONS)
-    return os.environ.get(_TILE_VARIABLE), L2_BYTES, options
+    return CHOSEN.name, L2_BYTES, options
 
 
 def _signature_key(sig: object) -> object:

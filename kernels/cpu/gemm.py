@@ -10,10 +10,13 @@ for while the registers are busy with the present one. A few rows alone are anot
 
 from __future__ import annotations
 
+from . import amx_gemm
+from .amx_packing import split_bytes
+from .amx_tile import SIDE, terms
 from .gemm_tile import ASK_STEP, ASKS_A_STRETCH, EARLY, GEMM_ROWS, STRETCH, gemm_columns, gemm_tile
 from .jit import kernel
 from .memory import ceil_div, share, size_of, view
-from .packing import pack, pack_panel, packed_length, whole_depth
+from .packing import pack, pack_panel, packed_length, panel_length, whole_depth
 from .pool import compiled_once
 from .simd import CACHE_LINE, L1_PERIOD, factors, infinity
 from .tiles import L2_BYTES
@@ -22,6 +25,7 @@ TILE_ROWS, LEAST_ROWS = GEMM_ROWS[0], GEMM_ROWS[-1]
 BLOCK_BYTES = L2_BYTES * 3 // 8  # a block of a: L2 holds it, what the next is made of, and a panel of the kernel
 ONLY_BLOCK_BYTES = 720 * 1024  # the same where there is no next one: from L3 it costs less than all panels once more
 SHARES_A_THREAD = 2  # at most: each begins with rows that nobody has asked for
+AMX_BLOCK_BYTES, AMX_BLOCK_ROWS = L2_BYTES // 2, 256
 PASSES = 8  # packing a kernel in passing for so many blocks costs no more than packing it once beforehand
 BLOCK_TILES = 168 // TILE_ROWS  # more rows than that would cost more in address translation than they save
 STREAMED_BYTES = 24 << 20  # an output larger than that is gone from the caches before anyone reads it
@@ -47,9 +51,17 @@ def rows_collide(dtype, depth):
 
 
 @kernel
-def panel_length(dtype, depth):
-    """Elements of one panel of the kernel."""
-    return whole_depth(dtype, depth) * gemm_columns(dtype)
+def tile_rows(dtype):
+    """Rows of the highest tile."""
+    return SIDE if terms(dtype) > 0 else TILE_ROWS
+
+
+@kernel
+def workspace_length(dtype, depth, rows):
+    """Elements of scratch memory that `multiply_block` wants for blocks of so many rows."""
+    if terms(dtype) > 0:
+        return amx_gemm.workspace_bytes(dtype, rows, depth) // size_of(dtype)
+    return panel_length(dtype, depth)
 
 
 @kernel
@@ -63,10 +75,11 @@ def tile_height(rows):
 
 
 @kernel
-def _row_parts(rows, workers):
+def _row_parts(dtype, rows, workers):
     """Into how many parts the rows are split; `workers` is a multiple of it."""
-    parts = workers
-    while parts > 1 and (workers % parts != 0 or ceil_div(rows, TILE_ROWS) < parts * LEAST_TILES):
+    parts, tile = workers, tile_rows(dtype)
+    least = ceil_div(LEAST_TILES * TILE_ROWS, tile)
+    while parts > 1 and (workers % parts != 0 or ceil_div(rows, tile) < parts * least):
         parts -= 1
     return parts
 
@@ -74,6 +87,8 @@ def _row_parts(rows, workers):
 @kernel
 def block_count(dtype, depth, rows):
     """Into how many blocks a worker's share of `rows` rows is cut."""
+    if terms(dtype) > 0:
+        return ceil_div(rows, max(SIDE, min(AMX_BLOCK_ROWS, AMX_BLOCK_BYTES // split_bytes(SIDE, depth) * SIDE)))
     tiles = ceil_div(rows, TILE_ROWS)
     tile_bytes = TILE_ROWS * padded_row(dtype, depth) * size_of(dtype)
     if tiles * tile_bytes <= ONLY_BLOCK_BYTES:
@@ -82,32 +97,34 @@ def block_count(dtype, depth, rows):
 
 
 @kernel
-def block_tiles(rows, blocks):
-    """The most tiles that one of the blocks has."""
-    return min(ceil_div(rows, TILE_ROWS), ceil_div(rows // TILE_ROWS, blocks) + 1)
+def block_rows(dtype, rows, blocks):
+    """The most rows that one of the blocks has, in whole tiles."""
+    tile = tile_rows(dtype)
+    return min(ceil_div(rows, tile), ceil_div(rows // tile, blocks) + 1) * tile
 
 
 @kernel
-def block_range(first, last, blocks, number):
+def block_range(dtype, first, last, blocks, number):
     """The rows of one of the blocks of first..last: tiles, about equally many; the last has what is left over as well.
 
     None, at the end, past the last block.
     """
     if number >= blocks:
         return last, last
-    tiles = (last - first) // TILE_ROWS
+    tile = tile_rows(dtype)
+    tiles = (last - first) // tile
     begin, end = ceil_div(tiles * number, blocks), ceil_div(tiles * (number + 1), blocks)
-    return first + begin * TILE_ROWS, last if number == blocks - 1 else first + end * TILE_ROWS
+    return first + begin * tile, last if number == blocks - 1 else first + end * tile
 
 
 @kernel
-def shares(rows, threads, packed):
+def shares(dtype, rows, threads, packed):
     """Into how many shares a product is cut for `threads` threads: several each, if the kernel is `packed` beforehand.
 
     A thread that something else holds up, or that wakes late, then leaves some of its shares to the others: 2 to 3 % of
     a layer in TensorFlow, whose threads take the CPU now and then. Otherwise each share would pack the kernel anew.
     """
-    tiles = ceil_div(rows, TILE_ROWS) // threads
+    tiles = rows // threads // TILE_ROWS
     return threads * min(max(1, tiles // LEAST_TILES), SHARES_A_THREAD) if threads > 1 and packed else threads
 
 
@@ -117,7 +134,7 @@ def work(dtype, rows, filters, worker, workers):
 
     Rows are shared out in the lowest tiles' heights: in the highest's, of the 20.6 of 288 rows a worker would get 21.
     """
-    width, parts = gemm_columns(dtype), _row_parts(rows, workers)
+    width, parts = gemm_columns(dtype), _row_parts(dtype, rows, workers)
     first, last = share(ceil_div(rows, LEAST_ROWS), worker % parts, parts)
     f_first, f_last = share(ceil_div(filters, width), worker // parts, workers // parts)
     return first * LEAST_ROWS, min(last * LEAST_ROWS, rows), f_first * width, min(f_last * width, filters)
@@ -129,9 +146,9 @@ def _shares_panels(dtype, rows, depth, row_stride, column_stride, workers):
 
     Pairs of bfloat16 cannot be packed in passing.
     """
-    blocks = block_count(dtype, depth, ceil_div(rows, _row_parts(rows, workers)))
+    blocks = block_count(dtype, depth, ceil_div(rows, _row_parts(dtype, rows, workers)))
     cheap = column_stride == 1 and not rows_collide(dtype, row_stride)
-    return factors(dtype) > 1 or blocks > (PASSES if cheap else 1)
+    return factors(dtype) > 1 or terms(dtype) > 0 or blocks > (PASSES if cheap else 1)
 
 
 @kernel
@@ -190,6 +207,8 @@ def products(dtype, depth):
 @kernel
 def clear_behind(dtype, rows, depth, a, a_row):
     """Zeros behind each row of a block of a, up to whole products: of what lies there a NaN would not be lost."""
+    if terms(dtype) > 1:  # the block is split, up to what is there
+        return
     for k in range(depth, whole_depth(dtype, depth)):
         for m in range(rows):
             view(dtype, a + (m * a_row + k) * size_of(dtype), 1)[0] = 0
@@ -241,7 +260,7 @@ def is_thin(dtype, rows, row_stride, column_stride):
     Asked for all rows of a product, since that decides on the order in which it is summed, which threads must not.
     """
     most = THIN_COLLIDING_ROWS if rows_collide(dtype, row_stride) else THIN_ROWS
-    return rows <= most and column_stride == 1 and factors(dtype) == 1
+    return rows <= most and column_stride == 1 and factors(dtype) == 1 and terms(dtype) == 0
 
 
 @kernel
@@ -290,6 +309,12 @@ def multiply_block(
     Assumes: a is readable up to a whole tile past its last row, or its last, smaller tile is at `tail` as well;
     `thin` is what `is_thin` says of the whole product, of which the rows may be a part.
     """
+    if terms(dtype) > 0:
+        amx_gemm.multiply_in_tiles(
+            dtype, rows, depth, filters, f_first, f_last, a, a_row, tail, panels, start, residual_offset, y,
+            past_caches, own, low, high,
+        )  # fmt: skip
+        return
     if thin and panels == 0:
         _multiply_slabs(
             dtype, rows, depth, filters, f_first, f_last, a, a_row, tail, kernel, row_stride, own, start,
@@ -298,7 +323,7 @@ def multiply_block(
         return
     itemsize = size_of(dtype)
     width, line = gemm_columns(dtype), CACHE_LINE // itemsize
-    row, length = width * factors(dtype), width * whole_depth(dtype, depth)
+    row, length = width * factors(dtype), panel_length(dtype, depth)
     silent = 1 if panels == 0 and column_stride == 1 else 0  # the tile that packs in passing
     lines = lines_of_row(dtype, panels, row, row) if panels != 0 else lines_of_row(dtype, kernel, row_stride, width)
     asks_ahead = max(0, ceil_div(rows, TILE_ROWS) - silent - lines * ASK_STEP) * _asks(products(dtype, depth))

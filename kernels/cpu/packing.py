@@ -8,15 +8,16 @@ bfloat16 a panel holds two rows in one, a column's elements k and k + 1 side by 
 
 from __future__ import annotations
 
-from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
+from .amx_packing import split_bytes, split_panel, split_transposed_panel
+from .amx_tile import STEP, terms
 from .gemm_tile import EARLY, GEMM_ROWS, gemm_columns
 from .jit import kernel
 from .memory import ceil_div, share, size_of
 from .pool import parallel_kernel
-from .simd import Vectors, factors, index, vectors_of
+from .simd import Vectors, factors, index, transposed, vectors_of
 from .tiles import CHOSEN
 
 PANELS_AT_ONCE = 4  # a line of each is written in turn: a few sets of L1 hold them, even where they collide
@@ -103,8 +104,9 @@ def _emit_copy(emit: Vectors, vectors: int, early: int, rows, columns, source, r
 
 
 def _products(emit: Vectors, depth):
-    """How many products sum up so many factors."""
-    return emit.builder.udiv(emit.builder.add(depth, index(emit.factors - 1)), index(emit.factors))
+    """How many products sum up so many factors: whole steps of AMX's, where it multiplies pairs."""
+    builder, step = emit.builder, STEP if CHOSEN.matrices and emit.factors > 1 else emit.factors
+    return builder.mul(builder.udiv(builder.add(depth, index(step - 1)), index(step)), index(step // emit.factors))
 
 
 @intrinsic
@@ -135,38 +137,36 @@ def _transpose_square(emit: Vectors, k, rows_left, columns, first: int, source, 
         line = emit.at(emit.pointer(source), builder.add(builder.mul(column_stride, index(j)), k))
         square.append(emit.load(line, mask))
         emit.prefetch(emit.at(line, index(BYTES_AHEAD // emit.itemsize)))
-    for i, row in enumerate(_transposed(emit, square)):
+    for i, row in enumerate(transposed(builder, square)):
         with builder.if_then(builder.icmp_signed("<", index(i), rows_left)):
             at = builder.mul(builder.add(k, index(i)), index(CHOSEN.vectors * emit.lanes))
             emit.store(row, emit.at(emit.pointer(panel), builder.add(at, index(first))))
 
 
-def _transposed(emit: Vectors, square: list) -> list:
-    """The transpose of lanes x lanes elements: at each distance, pairs of vectors exchange their off-diagonal lanes."""
-    lanes, square = emit.lanes, list(square)
-    distance = 1
-    while distance < lanes:
-        own = [lane if not lane & distance else lanes + lane - distance for lane in range(lanes)]
-        other = [lane + distance if not lane & distance else lanes + lane for lane in range(lanes)]
-        masks = [ir.Constant(ir.VectorType(ir.IntType(32), lanes), pattern) for pattern in (own, other)]
-        for i in range(lanes):
-            if not i & distance:
-                pair = square[i], square[i | distance]
-                square[i], square[i | distance] = (emit.builder.shuffle_vector(*pair, mask) for mask in masks)
-        distance *= 2
-    return square
+@kernel
+def whole_depth(dtype, depth):
+    """The depth, up to whole products, of which AMX computes some at once."""
+    step = STEP if terms(dtype) > 0 else factors(dtype)
+    return ceil_div(depth, step) * step
 
 
 @kernel
-def whole_depth(dtype, depth):
-    """The depth, up to whole products."""
-    return ceil_div(depth, factors(dtype)) * factors(dtype)
+def panel_length(dtype, depth):
+    """Elements of one panel of the kernel."""
+    if terms(dtype) > 1:
+        return split_bytes(1, depth) // size_of(dtype)
+    return whole_depth(dtype, depth) * gemm_columns(dtype)
 
 
 @kernel
 def pack_panel(dtype, depth, columns, source, row_stride, column_stride, panel):
     """Fills one panel. Assumes: one of the strides is 1, of bfloat16 that of columns."""
-    if column_stride == 1:
+    if terms(dtype) > 1:
+        if column_stride == 1:
+            split_panel(depth, columns, source, row_stride * size_of(dtype), panel)
+        else:
+            split_transposed_panel(depth, columns, source, column_stride * size_of(dtype), panel)
+    elif column_stride == 1:
         _copy_rows(dtype, depth, columns, source, row_stride, panel)
     else:
         _transpose_columns(dtype, depth, columns, source, column_stride, panel)
@@ -175,8 +175,7 @@ def pack_panel(dtype, depth, columns, source, row_stride, column_stride, panel):
 @kernel
 def packed_length(dtype, depth, filters):
     """Elements of a kernel `[depth,filters]` packed into panels."""
-    width = gemm_columns(dtype)
-    return ceil_div(filters, width) * width * whole_depth(dtype, depth)
+    return ceil_div(filters, gemm_columns(dtype)) * panel_length(dtype, depth)
 
 
 @parallel_kernel
@@ -187,9 +186,9 @@ def pack(dtype, worker, workers, depth, filters, source, row_stride, column_stri
     """
     itemsize = size_of(dtype)
     width = gemm_columns(dtype)
-    length = width * whole_depth(dtype, depth)
+    length = panel_length(dtype, depth)
     first, last = share(ceil_div(filters, width), worker, workers)
-    if column_stride == 1:
+    if column_stride == 1 and terms(dtype) <= 1:
         whole = min(last, filters // width)
         for panel in range(first, whole, PANELS_AT_ONCE):
             count = min(PANELS_AT_ONCE, whole - panel)

@@ -14,34 +14,38 @@ from __future__ import annotations
 
 import numpy as np
 
+from . import amx_gemm
+from .amx_gemm import HALF_ROWS
+from .amx_tile import terms
 from .depthwise_tiles import correlate_tile
 from .gemm import (
     TILE_ROWS,
     block_count,
     block_range,
-    block_tiles,
+    block_rows,
     clear_behind,
     column_of_lines,
     is_thin,
     lines_of_row,
     multiply_block,
     padded_row,
-    panel_length,
     past_caches,
     rows_collide,
     shared_length,
     shared_panels,
     shares,
     tile_height,
+    tile_rows,
     work,
+    workspace_length,
 )
 from .gemm_tile import ASK_STEP, gemm_columns, gemm_tile
 from .jit import entry, kernel
 from .memory import address, ceil_div, copy, fence, keep, share, size_of, view
-from .packing import pack_panel, pack_strip, strip_width
+from .packing import pack_panel, pack_strip, strip_width, whole_depth
 from .pool import compiled_once, parallel_kernel
 from .scratch import give, require, take_in_share, try_take
-from .simd import CACHE_LINE, factors, infinity
+from .simd import CACHE_LINE, infinity
 from .tiles import CHOSEN
 
 GRADIENT_PANEL_BYTES = 24 * 1024  # L1 holds a panel of dy and a strip of x
@@ -51,15 +55,23 @@ BIAS_GROUPS = 16  # partial sums of d_bias: a constant, so that the result does 
 
 
 @kernel
-def rows_length(dtype, depth, tiles):
-    """Elements of scratch memory that `multiply_rows` wants for rows of so many tiles at once."""
-    return (tiles if _copied(dtype, depth) else 1) * padded_row(dtype, depth) * TILE_ROWS
+def rows_length(dtype, depth, rows):
+    """Elements of scratch memory that `multiply_rows` wants for so many rows, whole tiles, at once."""
+    return (rows if _copied(dtype, depth) else tile_rows(dtype)) * padded_row(dtype, depth)
 
 
 @kernel
 def _copied(dtype, depth):
-    """Whether rows of x are copied: where they collide, or end amid a pair of bfloat16."""
-    return rows_collide(dtype, depth) or depth % factors(dtype) != 0
+    """Whether rows of x are copied: where they collide, or end amid a product; not where they are split anyway."""
+    return terms(dtype) <= 1 and (rows_collide(dtype, depth) or depth != whole_depth(dtype, depth))
+
+
+@kernel
+def _reads_further(dtype, rows):
+    """Whether the tile for so many rows reads more, which may not be there."""
+    if terms(dtype) > 0:
+        return terms(dtype) == 1 and rows % HALF_ROWS != 0
+    return tile_height(rows) > rows
 
 
 @kernel
@@ -73,14 +85,14 @@ def multiply_rows(
     last tile's only, where the tile that is taken has more rows and would read past the end of x.
     """
     itemsize = size_of(dtype)
-    a, row, tail, left = x + m0 * depth * itemsize, depth, 0, (m1 - m0) % TILE_ROWS
+    a, row, tail, left = x + m0 * depth * itemsize, depth, 0, (m1 - m0) % tile_rows(dtype)
     if _copied(dtype, depth):
         row = padded_row(dtype, depth)
         for m in range(m0, m1):
             copy(room + (m - m0) * row * itemsize, x + m * depth * itemsize, depth * itemsize)
         clear_behind(dtype, m1 - m0, depth, room, row)
         a = room
-    elif tile_height(left) > left:
+    elif _reads_further(dtype, left):
         tail = room
         copy(tail, x + (m1 - left) * depth * itemsize, left * depth * itemsize)
     multiply_block(
@@ -103,14 +115,15 @@ def _multiply(
     first, last, f_first, f_last = work(dtype, rows, filters, worker, workers)
     blocks = block_count(dtype, depth, last - first)
     streamed, thin = past_caches(dtype, rows, filters, y), is_thin(dtype, rows, row_stride, column_stride)
-    room = rows_length(dtype, depth, block_tiles(last - first, blocks))
-    block = take_in_share(dtype, room + panel_length(dtype, depth), lacking)
+    most_rows = block_rows(dtype, last - first, blocks)
+    room = rows_length(dtype, depth, most_rows)
+    block = take_in_share(dtype, room + workspace_length(dtype, depth, most_rows), lacking)
     if block == 0:
         return
     own = block + room * itemsize
     for number in range(blocks):
-        m0, m1 = block_range(first, last, blocks, number)
-        _, after = block_range(first, last, blocks, number + 1)
+        m0, m1 = block_range(dtype, first, last, blocks, number)
+        _, after = block_range(dtype, first, last, blocks, number + 1)
         multiply_rows(
             dtype, m0, m1, after, depth, filters, f_first, f_last, x, kernel, row_stride, column_stride,
             thin, panels, block, own, start, residual_offset, y, streamed, low, high,
@@ -133,7 +146,7 @@ def multiply(
     if packed == 0:
         return False
     panels = shared_panels(dtype, rows, depth, filters, kernel, row_stride, column_stride, kept, packed, threads)
-    parts = shares(rows, threads, panels != 0)
+    parts = shares(dtype, rows, threads, panels != 0)
     _multiply(
         dtype, parts, rows, depth, filters, x, kernel, row_stride, column_stride, panels, start,
         residual - y if residual != 0 else 0, y, low, high, address(lacking),
@@ -200,6 +213,8 @@ def gradient_blocks(rows):
 @kernel
 def gradient_length(dtype, depth):
     """Elements of scratch memory that `add_gradient` and `add_strips` want: a panel of dy, then strips of x."""
+    if terms(dtype) > 1:
+        return amx_gemm.gradient_bytes(dtype, MOST_BLOCK_ROWS, depth) // size_of(dtype)
     strips = ceil_div(depth, TILE_ROWS) * strip_width(dtype)
     return (MOST_BLOCK_ROWS + 1) * gemm_columns(dtype) + MOST_BLOCK_ROWS * strips
 
@@ -214,6 +229,9 @@ def _strips(dtype, room):
 def pack_strips(dtype, rows, first, depth, x, x_row, room):
     """Columns first..first + depth of x, from address x on, for `add_strips`. Assumes: `first` begins a strip."""
     itemsize = size_of(dtype)
+    if terms(dtype) > 1:
+        amx_gemm.pack_tiles(dtype, rows, MOST_BLOCK_ROWS, first, depth, x, x_row, room)
+        return
     strips = _strips(dtype, room)
     for k in range(0, depth, TILE_ROWS):
         strip = strips + (first + k) // TILE_ROWS * rows * strip_width(dtype) * itemsize
@@ -228,6 +246,9 @@ def add_strips(dtype, rows, depth, filters, dy, dy_row, d_kernel, fresh, ahead, 
     last, that of the rows behind.
     Assumes: x is packed in `room`; rows <= MOST_BLOCK_ROWS; rows of dy and of d_kernel `dy_row` apart.
     """
+    if terms(dtype) > 1:
+        amx_gemm.add_tiles(dtype, rows, MOST_BLOCK_ROWS, depth, filters, dy, dy_row, d_kernel, fresh, room)
+        return
     itemsize, width = size_of(dtype), gemm_columns(dtype)
     view(dtype, room + rows * width * itemsize, width)[:] = 0
     panels, next_lines = ceil_div(filters, width), lines_of_row(dtype, dy, dy_row, min(width, filters))
@@ -265,13 +286,13 @@ def gradient_split(panels, tiles, threads):
 @kernel
 def gradient_work(dtype, depth, filters, worker, workers):
     """A worker's rectangle of d_kernel: (first row, past the last, first column, past the last)."""
-    width = gemm_columns(dtype)
-    panels, tiles = ceil_div(filters, width), ceil_div(depth, TILE_ROWS)
+    width, height = gemm_columns(dtype), tile_rows(dtype)
+    panels, tiles = ceil_div(filters, width), ceil_div(depth, height)
     panel_parts, tile_parts = gradient_split(panels, tiles, workers)
     panel_first, panel_last = share(panels, worker // tile_parts, panel_parts)
     tile_first, tile_last = share(tiles, worker % tile_parts, tile_parts)
     return (
-        tile_first * TILE_ROWS, min(depth, tile_last * TILE_ROWS), panel_first * width, min(filters, panel_last * width)
+        tile_first * height, min(depth, tile_last * height), panel_first * width, min(filters, panel_last * width)
     )  # fmt: skip
 
 

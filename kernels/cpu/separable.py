@@ -21,7 +21,6 @@ from . import depthwise as dw
 from . import gemm
 from . import pointwise as pw
 from . import separable_bands as bands
-from .gemm import TILE_ROWS
 from .images import images_at_once, of_images
 from .jit import entry, kernel
 from .memory import address, fence, keep, share, size_of, view
@@ -32,7 +31,7 @@ from .scratch import give, require, take, take_in_share, try_take
 from .simd import infinity
 
 D_MID_BYTES = 2 << 20  # d_mid of some images at once: it is still in the caches when it is read
-STRIPS_AT_ONCE = 16  # of mid, from being computed to being packed: they are still in L1 or L2
+COLUMNS_AT_ONCE = 224  # of mid, from being computed to being packed: they are still in L1 or L2
 
 
 @parallel_kernel
@@ -49,20 +48,21 @@ def _forward(
     row = gemm.padded_row(dtype, depth)
     first, last, f_first, f_last = gemm.work(dtype, pixels, filters, worker, workers)
     blocks = gemm.block_count(dtype, depth, last - first)
-    block_length = gemm.block_tiles(last - first, blocks) * TILE_ROWS * row
+    most_rows = gemm.block_rows(dtype, last - first, blocks)
+    block_length = most_rows * row
     streamed, thin = gemm.past_caches(dtype, pixels, filters, y), gemm.is_thin(dtype, pixels, filters, 1)
-    block = take_in_share(dtype, block_length + gemm.panel_length(dtype, depth), lacking)
+    block = take_in_share(dtype, block_length + gemm.workspace_length(dtype, depth, most_rows), lacking)
     if block == 0:
         return
     own = block + block_length * itemsize
     for number in range(blocks):
-        m0, m1 = gemm.block_range(first, last, blocks, number)
+        m0, m1 = gemm.block_range(dtype, first, last, blocks, number)
         dw.forward_pixels(
             dtype, g, 0, depth, m0, m1, x, x_low, depthwise, 0, block, row, -infinity(dtype), infinity(dtype)
         )
         gemm.clear_behind(dtype, m1 - m0, depth, block, row)
         _, x_read = dw.input_range(g, m0, m1)
-        x_next, x_last = dw.input_range(g, *gemm.block_range(first, last, blocks, number + 1))
+        x_next, x_last = dw.input_range(g, *gemm.block_range(dtype, first, last, blocks, number + 1))
         x_next = max(x_next, x_read)
         gemm.multiply_block(
             dtype, m1 - m0, depth, filters, f_first, f_last, block, row, 0, pointwise, filters, 1,
@@ -84,7 +84,7 @@ def _forward_single(dtype, g, filters, x, x_low, depthwise, pointwise, kept, bia
     if packed == 0:
         return False
     panels = gemm.shared_panels(dtype, pixels, depth, filters, pointwise, filters, 1, kept, packed, threads)
-    shares = gemm.shares(pixels, threads, panels != 0)
+    shares = gemm.shares(dtype, pixels, threads, panels != 0)
     _forward(
         dtype, shares, g, filters, x, x_low, depthwise, pointwise, panels, start, residual_offset, y, low, high,
         address(lacking),
@@ -130,7 +130,8 @@ def _pointwise_gradient(dtype, worker, workers, g, filters, x, depthwise, dy, d_
     Parallel over: rectangles of d_pointwise, so nothing is reduced.
     """
     itemsize, low, high = size_of(dtype), -infinity(dtype), infinity(dtype)
-    pixels, depth, row = g.batch * g.out_height * g.out_width, g.channels, STRIPS_AT_ONCE * TILE_ROWS
+    pixels, depth, height = g.batch * g.out_height * g.out_width, g.channels, gemm.tile_rows(dtype)
+    row = COLUMNS_AT_ONCE // height * height
     k_first, k_last, f_first, f_last = pw.gradient_work(dtype, depth, filters, worker, workers)
     length = pw.gradient_length(dtype, k_last - k_first)
     room = take_in_share(dtype, length + pw.MOST_BLOCK_ROWS * row, lacking)

@@ -13,7 +13,7 @@ import numpy as np
 from . import depthwise as dw
 from . import pointwise as pw
 from .depthwise import GRADIENT_GROUPS
-from .gemm import TILE_ROWS
+from .gemm import tile_rows, workspace_length
 from .images import images_at_once, of_images
 from .jit import kernel
 from .memory import address, ceil_div, keep, share, size_of, view
@@ -28,7 +28,6 @@ LEAST_BAND = 48  # rows of mid: fewer would cost a pass over the sums of d_point
 SUMS_BYTES = 4 << 20  # of d_pointwise at most, all groups together
 LEAST_BYTES = 2 << 20  # a mid of less stays in the caches anyway
 D_MID_BYTES = 4 << 20  # of some images at once, for their seams
-BLOCK_ROWS = pw.GRADIENT_BLOCK_ROWS // TILE_ROWS * TILE_ROWS  # of mid, from being computed to being multiplied
 
 
 @kernel
@@ -59,9 +58,16 @@ def first_own_line(g, line):
 
 
 @kernel
-def block_rows(rows):
+def block_rows(dtype, rows):
     """Rows of mid in a block, for a band of so many: whole tiles, the blocks about equal."""
-    return ceil_div(ceil_div(rows, ceil_div(rows, BLOCK_ROWS)), TILE_ROWS) * TILE_ROWS
+    height = tile_rows(dtype)
+    return ceil_div(ceil_div(rows, ceil_div(rows, most_rows(dtype))), height) * height
+
+
+@kernel
+def most_rows(dtype):
+    """Rows of mid at most, from being computed to being multiplied: whole tiles."""
+    return pw.GRADIENT_BLOCK_ROWS // tile_rows(dtype) * tile_rows(dtype)
 
 
 @kernel
@@ -69,9 +75,11 @@ def _multiply_band(dtype, g, filters, first, last, end, x, depthwise, dy, panels
     """Pixels first..last of d_mid, and what they add to d_pointwise; dy is asked for as far as pixel `end`."""
     itemsize = size_of(dtype)
     depth, low, high = g.channels, -infinity(dtype), infinity(dtype)
+    most = most_rows(dtype)
     rows_room = room + pw.gradient_length(dtype, depth) * itemsize
-    mid = rows_room + pw.rows_length(dtype, filters, BLOCK_ROWS // TILE_ROWS) * itemsize
-    step = block_rows(last - first)
+    workspace = rows_room + pw.rows_length(dtype, filters, most) * itemsize
+    mid = workspace + workspace_length(dtype, filters, most) * itemsize
+    step = block_rows(dtype, last - first)
     for m in range(first, last, step):
         m1, dy_block = min(last, m + step), dy + m * filters * itemsize
         if d_pointwise != 0:
@@ -82,15 +90,16 @@ def _multiply_band(dtype, g, filters, first, last, end, x, depthwise, dy, panels
         if d_mid != 0:
             pw.multiply_rows(
                 dtype, m, m1, min(end, m1 + step), filters, depth, 0, depth, dy, 0, 1, filters,
-                False, panels, rows_room, 0, zeros, 0, d_mid, 0, low, high,
+                False, panels, rows_room, workspace, zeros, 0, d_mid, 0, low, high,
             )  # fmt: skip
 
 
 @kernel
 def _room_length(dtype, depth, filters):
     """Elements of scratch memory that `_multiply_band` wants."""
-    rows = pw.rows_length(dtype, filters, BLOCK_ROWS // TILE_ROWS)
-    return pw.gradient_length(dtype, depth) + rows + BLOCK_ROWS * depth
+    most = most_rows(dtype)
+    rows = pw.rows_length(dtype, filters, most) + workspace_length(dtype, filters, most)
+    return pw.gradient_length(dtype, depth) + rows + most * depth
 
 
 @parallel_kernel

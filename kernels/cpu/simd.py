@@ -194,15 +194,15 @@ class BFloat16Vectors(Vectors):
 
     def load(self, pointer, mask=None):
         """One vector; lanes that are off read nothing and hold zero."""
-        return self._upper_halves(self._load_words(pointer, mask))
+        return self.upper_halves(self._load_words(pointer, mask))
 
     def store(self, value, pointer, mask=None):
         """One vector, rounded to the nearest; lanes that are off write nothing."""
-        super().store(self._rounded(value), pointer, mask)
+        super().store(self.rounded(value), pointer, mask)
 
     def stream(self, value, pointer):
         """The same, written past the caches. Assumes: the pointer is a multiple of the vector's size in memory."""
-        super().stream(self._rounded(value), pointer)
+        super().stream(self.rounded(value), pointer)
 
     def broadcast_factors(self, pointer):
         """Two elements that lie side by side, loaded into every lane."""
@@ -215,12 +215,12 @@ class BFloat16Vectors(Vectors):
         return [self.builder.load(place, align=self.itemsize) for place in places]
 
     def copy_factors(self, line, row_stride, rows, masks: list, copy):
-        """Two rows, or one and zeros, written as pairs for `load_factors`."""
+        """Two rows, or zeros for what of them is not there, written as pairs for `load_factors`."""
         builder, target = self.builder, self.builder.bitcast(copy, self._words.as_pointer())
-        two = self.splat(builder.icmp_signed(">", rows, index(1)))
+        one, two = (self.splat(builder.icmp_signed(">", rows, index(row))) for row in (0, 1))
         for j, mask in enumerate(masks):
             first = self.at(line, index(j * self.lanes))
-            words = self._load_words(first, mask)
+            words = self._load_words(first, builder.and_(mask, one))
             other = self._load_words(self.at(first, row_stride), builder.and_(mask, two))
             pairs = builder.or_(words, builder.shl(other, self._every_lane(16)))
             builder.store(pairs, builder.gep(target, [index(j)]), align=self.itemsize)
@@ -231,7 +231,7 @@ class BFloat16Vectors(Vectors):
         if MULTIPLIES_BFLOAT16:
             pairs = [builder.bitcast(side, ir.VectorType(_BFloat16(), 2 * self.lanes)) for side in (a, b)]
             return self._call(f"llvm.x86.avx512bf16.dpbf16ps.{32 * self.lanes}", self.type, [totals, *pairs])
-        lower = self.multiply_add(self._upper_halves(a), self._upper_halves(b), totals)
+        lower = self.multiply_add(self.upper_halves(a), self.upper_halves(b), totals)
         a, b = (builder.bitcast(builder.and_(side, self._every_lane(0xFFFF0000)), self.type) for side in (a, b))
         return self.multiply_add(a, b, lower)
 
@@ -239,11 +239,11 @@ class BFloat16Vectors(Vectors):
         """The bits of one vector, each in the lower half of a lane."""
         return self.builder.zext(super().load(pointer, mask), self._words)
 
-    def _upper_halves(self, words):
+    def upper_halves(self, words):
         """The float32 whose upper halves are the lower ones of words."""
         return self.builder.bitcast(self.builder.shl(words, self._every_lane(16)), self.type)
 
-    def _rounded(self, value):
+    def rounded(self, value):
         """The bits of float32 rounded to bfloat16: to the nearest, of two to the even one."""
         builder = self.builder
         if MULTIPLIES_BFLOAT16:
@@ -286,6 +286,22 @@ def vectors_of(builder, signature) -> Vectors:
     dtype = signature.args[0]
     kind = BFloat16Vectors if dtype.instance_type == types.uint16 else Vectors
     return kind(builder, dtype, CHOSEN.vector_bytes, CHOSEN.fused)
+
+
+def transposed(builder, square: list) -> list:
+    """The transpose of as many vectors as each has lanes: at each distance, pairs exchange their off-diagonal lanes."""
+    lanes, square = len(square), list(square)
+    distance = 1
+    while distance < lanes:
+        own = [lane if not lane & distance else lanes + lane - distance for lane in range(lanes)]
+        other = [lane + distance if not lane & distance else lanes + lane for lane in range(lanes)]
+        masks = [ir.Constant(ir.VectorType(_LANE, lanes), pattern) for pattern in (own, other)]
+        for i in range(lanes):
+            if not i & distance:
+                pair = square[i], square[i | distance]
+                square[i], square[i | distance] = (builder.shuffle_vector(*pair, mask) for mask in masks)
+        distance *= 2
+    return square
 
 
 def emit_cases(builder, value, cases, emit_case) -> None:

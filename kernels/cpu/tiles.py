@@ -8,7 +8,9 @@ hand, which is how each is tested on a single machine.
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
 from typing import NamedTuple
 
 import llvmlite.binding as llvm
@@ -32,9 +34,16 @@ class Tile(NamedTuple):
     slides: tuple[int, ...]  # depthwise with 3 taps a row, one pixel apart: output pixels at once, falling to 1
     slide_span: int  # and channel vectors
     reason: str
+    matrices: bool = False  # float32 and bfloat16 are multiplied in AMX's registers of 16 rows, see `amx_tile`
 
 
 TILES = (
+    Tile(
+        "amx", 64, True, (14, 12, 10, 8, 4, 2), 2, 4, 1, True, 4, 4, (8, 4, 3, 2, 1), 2,
+        "products of float32 and bfloat16 in AMX's registers, of which 2x2 hold sums and 2 each what is multiplied; all "
+        "else as with avx512",
+        matrices=True,
+    ),
     Tile(
         "avx512", 64, True, (14, 12, 10, 8, 4, 2), 2, 4, 1, True, 4, 4, (8, 4, 3, 2, 1), 2,
         "14x2 accumulators, 2 kernel vectors and a broadcast fill 31 of 32 registers; 23 loads feed 28 multiply-adds; "
@@ -56,7 +65,12 @@ TILES = (
     ),
 )  # fmt: skip
 
-_WANTED = {"avx512": "zmm", "avx2": "ymm", "neon": "fmla"}  # what the compiler must emit for the tile to make sense
+_WANTED = {
+    "amx": "zmm",
+    "avx512": "zmm",
+    "avx2": "ymm",
+    "neon": "fmla",
+}  # what the compiler must emit for the tile to make sense
 
 
 def _emits(vector_bytes: int, word: str) -> bool:
@@ -87,6 +101,24 @@ def keeps_host_features() -> bool:
     return config.CPU_NAME not in (None, llvm.get_host_cpu_name()) and config.CPU_FEATURES is None
 
 
+def _has_matrices() -> bool:
+    """Whether the CPU has AMX for bfloat16, and the system lets this process use it.
+
+    Linux saves the 8 KiB of its registers for those processes alone that ask, once for all their threads.
+    """
+    wanted = {"+amx-tile", "+amx-bf16", "+avx512bf16"}
+    if platform.system() != "Linux" or not wanted <= set(target()[1].split(",")):
+        return False
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
+    return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
+
+
+def _is_usable(tile: Tile) -> bool:
+    if tile.matrices and not _has_matrices():
+        return False
+    return tile.name == "portable" or _emits(tile.vector_bytes, _WANTED[tile.name])
+
+
 def _choose() -> Tile:
     by_name = {tile.name: tile for tile in TILES}
     wanted = os.environ.get("FASTSEPCONV_TILE", "")
@@ -95,7 +127,7 @@ def _choose() -> Tile:
             "Invalid value for environment variable `FASTSEPCONV_TILE`. "
             f"Expected one of {', '.join(by_name)}. Received: FASTSEPCONV_TILE={wanted}"
         )
-    usable = [tile for tile in TILES if tile.name == "portable" or _emits(tile.vector_bytes, _WANTED[tile.name])]
+    usable = list(filter(_is_usable, TILES))
     if not wanted:
         return usable[0]
     if by_name[wanted] not in usable:
@@ -127,7 +159,7 @@ def _multiplies_bfloat16() -> bool:
 
     LLVM ends the process at an instruction that the target lacks, so the target's features are asked.
     """
-    return CHOSEN.name == "avx512" and "+avx512bf16" in target()[1].split(",")
+    return CHOSEN.vector_bytes == 64 and "+avx512bf16" in target()[1].split(",")
 
 
 CHOSEN = _choose()

@@ -1,0 +1,201 @@
+"""What AMX's registers are loaded from: float32 as the three bfloat16 whose sum it is, in tiles (see `amx_tile`).
+
+32 values that follow each other in the depth are 16 pairs, of the i-th and the one 16 further on, each a word of 32
+bits. Where the depth runs along the rows of a matrix, two vectors side by side make the pairs of a row; where it runs
+along the columns, two rows make those of as many columns. A tile of a has a row of pairs for each of its rows, one of b
+a column of pairs for each of its columns: as they come, or transposed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+from .amx_tile import SIDE, STEP, STEP_BYTES
+from .jit import kernel
+from .memory import ceil_div
+from .simd import CACHE_LINE, BFloat16Vectors, Vectors, index, transposed
+
+TERMS = 3
+_WIDTH = 16  # a vector, a tile's rows and half a step
+_LARGEST = float.fromhex("0x1.fep127")  # of bfloat16: rounded, a float32 may be infinite
+_PAIRS = ir.VectorType(ir.IntType(32), _WIDTH)
+
+
+@kernel
+def split_bytes(rows, depth):
+    """Bytes that so many rows or columns take, in whole tiles."""
+    return ceil_div(rows, SIDE) * ceil_div(depth, STEP) * TERMS * STEP_BYTES
+
+
+class _Split:
+    """Emits the splitting of vectors of float32."""
+
+    def __init__(self, builder) -> None:
+        self.builder = builder
+        self.wide = Vectors(builder, types.NumberClass(types.float32), 64, True)
+        self.narrow = BFloat16Vectors(builder, types.NumberClass(types.uint16), 64, True)
+
+    def terms(self, value) -> list:
+        """The bits of the three bfloat16, each in the lower half of a lane. Infinity is the largest, then itself."""
+        builder, wide, narrow = self.builder, self.wide, self.narrow
+        most = ir.Constant(wide.type, [_LARGEST] * _WIDTH)
+        least = ir.Constant(wide.type, [-_LARGEST] * _WIDTH)
+        found = []
+        for number in range(TERMS):
+            nearest = wide.clamp(value, least, most) if number == 0 else value
+            found.append(builder.zext(narrow.rounded(nearest), _PAIRS))
+            value = builder.fsub(value, narrow.upper_halves(found[-1]))
+        return found
+
+    def pairs(self, first, second) -> list:
+        """The pairs of two vectors, for each term."""
+        builder, half = self.builder, ir.Constant(_PAIRS, [_WIDTH] * _WIDTH)
+        both = zip(self.terms(first), self.terms(second), strict=True)
+        return [builder.or_(one, builder.shl(other, half)) for one, other in both]
+
+    def store(self, pairs, address) -> None:
+        self.builder.store(pairs, self.builder.inttoptr(address, _PAIRS.as_pointer()), align=CACHE_LINE)
+
+    def load(self, address, left, allowed):
+        """A vector of which `left` elements are there, and none unless `allowed`."""
+        mask = self.wide.mask(self.builder.select(allowed, left, index(0)))
+        return self.wide.load(self.wide.pointer(address), mask)
+
+    def pairs_along_row(self, address, left, allowed) -> list:
+        """Those of 32 elements of a row, of which `left` are there."""
+        builder = self.builder
+        second = builder.add(address, index(_WIDTH * self.wide.itemsize))
+        rest = builder.sub(left, index(_WIDTH))
+        return self.pairs(self.load(address, left, allowed), self.load(second, rest, allowed))
+
+    def pairs_of_rows(self, address, row_bytes, rows, columns, number: int) -> list:
+        """Those of rows `number` and `number + 16` of so many."""
+        found = []
+        for row in (number, number + _WIDTH):
+            place = self.builder.add(address, self.builder.mul(row_bytes, index(row)))
+            found.append(self.load(place, columns, self.builder.icmp_signed("<", index(row), rows)))
+        return self.pairs(*found)
+
+
+@contextlib.contextmanager
+def _each_step(builder, depth, target):
+    """A loop over the depth: (the step's first k, how many are left, the address of its terms)."""
+    steps = builder.sdiv(builder.add(depth, index(STEP - 1)), index(STEP))
+    with cgutils.for_range(builder, steps) as loop:
+        k = builder.mul(loop.index, index(STEP))
+        yield k, builder.sub(depth, k), builder.add(target, builder.mul(loop.index, index(TERMS * STEP_BYTES)))
+
+
+def _place(builder, base, term: int, offset):
+    return builder.add(base, builder.add(index(term * STEP_BYTES), offset))
+
+
+@intrinsic
+def split_rows(typing_context, rows, depth, source, row_bytes, target):
+    """Up to 32 rows of a, side by side in the depth, as a tile's rows: each step has 2 tiles a term."""
+
+    def codegen(context, builder, signature, arguments):
+        rows, depth, source, row_bytes, target = arguments
+        split = _Split(builder)
+        with _each_step(builder, depth, target) as (k, left, base), cgutils.for_range(builder, rows) as row:
+            place = builder.add(source, builder.mul(row.index, row_bytes))
+            place = builder.add(place, builder.mul(k, index(split.wide.itemsize)))
+            found = split.pairs_along_row(place, left, ir.Constant(ir.IntType(1), 1))
+            for term, pairs in enumerate(found):
+                split.store(pairs, _place(builder, base, term, builder.mul(row.index, index(CACHE_LINE))))
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 5), codegen
+
+
+@intrinsic
+def split_columns(typing_context, rows, columns, source, row_bytes, target):
+    """Up to 32 columns of a matrix, whose rows are the depth, as rows of a tile: the transpose of `split_panel`'s."""
+
+    def codegen(context, builder, signature, arguments):
+        rows, columns, source, row_bytes, target = arguments
+        split = _Split(builder)
+        with _each_step(builder, rows, target) as (m, left, base):
+            line = builder.add(source, builder.mul(m, row_bytes))
+            for half in range(2):
+                place = builder.add(line, index(half * _WIDTH * split.wide.itemsize))
+                inside = builder.sub(columns, index(half * _WIDTH))
+                found = [split.pairs_of_rows(place, row_bytes, left, inside, i) for i in range(_WIDTH)]
+                for term, square in enumerate(zip(*found, strict=True)):
+                    for i, pairs in enumerate(transposed(builder, list(square))):
+                        at = index(half * _WIDTH * CACHE_LINE + i * CACHE_LINE)
+                        split.store(pairs, _place(builder, base, term, at))
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 5), codegen
+
+
+@intrinsic
+def split_panel(typing_context, depth, columns, source, row_bytes, target):
+    """A panel of b: up to 32 columns of a matrix, whose rows are the depth."""
+
+    def codegen(context, builder, signature, arguments):
+        depth, columns, source, row_bytes, target = arguments
+        split = _Split(builder)
+        with _each_step(builder, depth, target) as (k, left, base):
+            line = builder.add(source, builder.mul(k, row_bytes))
+            with cgutils.for_range(builder, index(_WIDTH)) as row:
+                place = builder.add(line, builder.mul(row.index, row_bytes))
+                rest = builder.sub(left, row.index)
+                for half in range(2):
+                    at = builder.add(place, index(half * _WIDTH * split.wide.itemsize))
+                    inside = builder.sub(columns, index(half * _WIDTH))
+                    found = split.pairs_of_rows(at, row_bytes, rest, inside, 0)
+                    line_at = builder.add(builder.mul(row.index, index(2 * CACHE_LINE)), index(half * CACHE_LINE))
+                    for term, pairs in enumerate(found):
+                        split.store(pairs, _place(builder, base, term, line_at))
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 5), codegen
+
+
+@intrinsic
+def split_transposed_panel(typing_context, depth, columns, source, column_bytes, target):
+    """The same of a matrix whose columns are the depth, `column_bytes` apart."""
+
+    def codegen(context, builder, signature, arguments):
+        depth, columns, source, column_bytes, target = arguments
+        split = _Split(builder)
+        with _each_step(builder, depth, target) as (k, left, base):
+            line = builder.add(source, builder.mul(k, index(split.wide.itemsize)))
+            for half in range(2):
+                found = []
+                for j in range(half * _WIDTH, (half + 1) * _WIDTH):
+                    place = builder.add(line, builder.mul(column_bytes, index(j)))
+                    inside = builder.icmp_signed("<", index(j), columns)
+                    found.append(split.pairs_along_row(place, left, inside))
+                for term, square in enumerate(zip(*found, strict=True)):
+                    for i, pairs in enumerate(transposed(builder, list(square))):
+                        split.store(pairs, _place(builder, base, term, index(i * 2 * CACHE_LINE + half * CACHE_LINE)))
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 5), codegen
+
+
+@intrinsic
+def join_pairs(typing_context, source, first, second):
+    """The float32 of the 16 pairs at `source`, whose terms are a step's apart: 16 at `first`, 16 at `second`."""
+
+    def codegen(context, builder, signature, arguments):
+        source, *targets = arguments
+        split = _Split(builder)
+        places = [_place(builder, source, term, index(0)) for term in range(TERMS)]
+        words = [builder.load(builder.inttoptr(at, _PAIRS.as_pointer()), align=CACHE_LINE) for at in places]
+        upper = [builder.and_(each, ir.Constant(_PAIRS, [-1 << _WIDTH] * _WIDTH)) for each in words]
+        halves = list(map(split.narrow.upper_halves, words)), [builder.bitcast(each, split.wide.type) for each in upper]
+        for (high, middle, low), target in zip(halves, targets, strict=True):
+            larger = builder.fadd(high, middle)
+            infinite = builder.fcmp_unordered("uno", low, low)  # infinity less infinity, of which nothing was left
+            split.wide.store(builder.select(infinite, larger, builder.fadd(larger, low)), split.wide.pointer(target))
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 3), codegen
