@@ -5,15 +5,17 @@ A float32 result that is not finite may be so for one of its terms alone: it is 
 
 from __future__ import annotations
 
-from .amx_packing import TERMS, join_pairs, split_bytes, split_columns, split_panel, split_rows
-from .amx_tile import SIDE, STEP, STEP_BYTES, amx_tile, begin_tiles, end_tiles, finish_tile, is_finite, mend, terms
+from .amx import SIDE, STEP, STEP_BYTES, begin_tiles, end_tiles, terms
+from .amx_packing import PARTS_A_STEP, TERMS, join_pairs, split_bytes, split_columns, split_panel, split_rows
+from .amx_tile import amx_tile, finish_tile, is_finite, mend
 from .gemm_tile import GEMM_ROWS, gemm_tile
 from .jit import kernel
 from .memory import ceil_div, size_of, view
-from .packing import packed_length
+from .packing import panel_length
 from .pool import compiled_once
 from .simd import CACHE_LINE, infinity
 
+MOST_DEPTH = 1024
 SUMS_BYTES = SIDE * SIDE * 4
 _ROW_BYTES = SIDE * 4
 HALF_ROWS = SIDE // 2
@@ -77,58 +79,113 @@ def _compute_anew(dtype, depth, tile, panel, room):
 
 @compiled_once
 def multiply_panel(
-    dtype, rows, depth, columns, a, a_row, tail, panel, ahead, ahead_bytes, start, start_row, residual_offset,
-    y, y_row, past_caches, low, high, room,
+    dtype, rows, depth, columns, a, a_row, tail, panel, source, source_row, source_columns, next_panel,
+    start, start_row, residual_offset, y, y_row, past_caches, low, high, room,
 ):  # fmt: skip
     """One panel of filters of y for the rows of a block, 32 at a time.
 
     a is a split block; of bfloat16 its rows, `a_row` apart, readable up to a multiple of 16, or the last of them are at
-    `tail` as well. Meanwhile the bytes at `ahead` are asked for. Assumes: between `begin_tiles` and `end_tiles`.
+    `tail` as well. Meanwhile `next_panel` is packed from `source`, if that is not 0.
+    Assumes: between `begin_tiles` and `end_tiles`.
     """
     itemsize, steps, tiles = size_of(dtype), ceil_div(depth, STEP), ceil_div(rows, SIDE)
     row, half, step = CACHE_LINE, HALF_ROWS * CACHE_LINE, TERMS * STEP_BYTES
     if terms(dtype) == 1:
         row, half, step = a_row * itemsize, HALF_ROWS * a_row * itemsize, CACHE_LINE
-    lines = ceil_div(ahead_bytes, max(1, tiles * steps * CACHE_LINE))
+    products = 6 if terms(dtype) > 1 else 1
+    parts = ceil_div(PARTS_A_STEP, max(1, tiles) * products)
     for m in range(0, rows, SIDE):
         count, at = min(SIDE, rows - m), m * y_row * itemsize
         tile = a + m * row if terms(dtype) == 1 else a + split_bytes(m, depth)
         if count < SIDE and tail != 0:
             tile = tail
-        amx_tile(dtype, ceil_div(count, HALF_ROWS), steps, tile, row, half, step, panel, ahead, lines, room)
-        ahead += lines * steps * CACHE_LINE
+        amx_tile(
+            dtype, ceil_div(count, HALF_ROWS), depth, tile, row, half, step, panel, room,
+            source, source_row, source_columns, m // SIDE * steps * products * parts, parts, next_panel,
+            y + at, y_row * itemsize, 0 if past_caches != 0 else count,
+        )  # fmt: skip
         if terms(dtype) > 1 and not is_finite(count, room):
             _compute_anew(dtype, depth, tile, panel, room)
         finish_tile(
-            dtype, count, columns, room, start + m * start_row * itemsize, start_row, residual_offset, y + at, y_row,
-            past_caches, low, high,
+            dtype, count, columns, room, start + m * start_row * itemsize if start != 0 else 0, start_row,
+            residual_offset, y + at, y_row, past_caches, low, high,
         )  # fmt: skip
+
+
+@kernel
+def depth_parts(dtype, depth):
+    """Into how many parts the depth is cut, so that a block in terms and panels for it stay in L2: by the depth alone,
+    since that decides on the order of a sum."""
+    return ceil_div(depth, MOST_DEPTH) if terms(dtype) > 1 else 1
+
+
+@kernel
+def _most_depth(dtype, depth):
+    """The most of the depth that one of the parts has: whole steps."""
+    return ceil_div(ceil_div(depth, STEP), depth_parts(dtype, depth)) * STEP
 
 
 @kernel
 def workspace_bytes(dtype, rows, depth):
     """Scratch memory that `multiply_in_tiles` wants for blocks of so many rows."""
-    return room_bytes(dtype, depth) + (split_bytes(rows, depth) if terms(dtype) > 1 else 0)
+    most = _most_depth(dtype, depth)
+    panel = panel_length(dtype, most) * size_of(dtype)
+    return room_bytes(dtype, most) + 2 * panel + (split_bytes(rows, most) if terms(dtype) > 1 else 0)
 
 
 @kernel
 def multiply_in_tiles(
-    dtype, rows, depth, filters, f_first, f_last, a, a_row, tail, panels, start, residual_offset, y, past_caches,
-    workspace, low, high,
+    dtype, rows, depth, filters, f_first, f_last, a, a_row, tail, kernel, row_stride, panels, start, residual_offset,
+    y, past_caches, workspace, low, high,
 ):  # fmt: skip
-    """Filters f_first..f_last of y for a block of rows, as `gemm.multiply_block` has it, of a kernel in `panels`."""
-    itemsize = size_of(dtype)
-    length = packed_length(dtype, depth, SIDE) * itemsize
-    if terms(dtype) > 1:
-        split = workspace + room_bytes(dtype, depth)
-        split_block(rows, depth, a, a_row * itemsize, split)
-        a, tail = split, 0
+    """Filters f_first..f_last of y for a block of rows, as `gemm.multiply_block` has it.
+
+    Where the depth is cut, sums go on in y. Assumes: the kernel's columns lie side by side, if there are no panels.
+    """
+    itemsize, most = size_of(dtype), _most_depth(dtype, depth)
+    whole, length = panel_length(dtype, depth) * itemsize, panel_length(dtype, most) * itemsize
+    own = workspace + room_bytes(dtype, most)
+    split, begin, begin_row = own + 2 * length, start, 0
+    offset, least, greatest = 0, -infinity(dtype), infinity(dtype)
+    for k in range(0, max(1, depth), most):
+        part = min(most, depth - k)
+        if k + part >= depth:
+            offset, least, greatest = residual_offset, low, high
+        if terms(dtype) > 1:
+            split_block(rows, part, a + k * itemsize, a_row * itemsize, split)
+            a_part, tail_part = split, 0
+        else:
+            a_part, tail_part = a, tail
+        source = kernel + k * row_stride * itemsize if panels == 0 else 0
+        multiply_part(
+            dtype, rows, part, filters, f_first, f_last, a_part, a_row, tail_part, source, row_stride,
+            panels + panel_length(dtype, k) * itemsize, whole, own, begin, begin_row, offset, y, filters,
+            past_caches, workspace, least, greatest,
+        )  # fmt: skip
+        begin, begin_row = y, filters
+
+
+@kernel
+def multiply_part(
+    dtype, rows, depth, filters, f_first, f_last, a, a_row, tail, kernel, row_stride, panels, length, own,
+    start, start_row, residual_offset, y, y_row, past_caches, room, low, high,
+):  # fmt: skip
+    """The same for a part of the depth: of panels `length` bytes apart, or of a kernel, which is packed at `own`."""
+    itemsize, own_length = size_of(dtype), panel_length(dtype, depth) * size_of(dtype)
+    row_bytes, source = row_stride * itemsize, 0
+    if kernel != 0:
+        split_panel(dtype, depth, min(SIDE, filters - f_first), kernel + f_first * itemsize, row_bytes, own)
     begin_tiles(dtype)
     for f in range(f_first, f_last, SIDE):
-        panel, at = panels + f // SIDE * length, f * itemsize
+        panel, next_panel, at = panels + f // SIDE * length, own, f * itemsize
+        if kernel != 0:
+            turn = (f - f_first) // SIDE % 2
+            panel, next_panel = own + turn * own_length, own + (1 - turn) * own_length
+            source = kernel + at + SIDE * itemsize if f + SIDE < f_last else 0
         multiply_panel(
-            dtype, rows, depth, min(SIDE, filters - f), a, a_row, tail, panel, panel + length, length,
-            start + at, 0, residual_offset, y + at, filters, past_caches, low, high, workspace,
+            dtype, rows, depth, min(SIDE, filters - f), a, a_row, tail, panel,
+            source, row_bytes, min(SIDE, filters - f - SIDE), next_panel,
+            start + at if start != 0 else 0, start_row, residual_offset, y + at, y_row, past_caches, low, high, room,
         )  # fmt: skip
     end_tiles(dtype)
 
@@ -136,31 +193,29 @@ def multiply_in_tiles(
 @kernel
 def gradient_bytes(dtype, rows, depth):
     """Scratch memory that `add_tiles` wants: for blocks of up to so many rows of x and of dy."""
-    return room_bytes(dtype, rows) + split_bytes(SIDE, rows) + split_bytes(depth, rows)
+    return room_bytes(dtype, rows) + 2 * split_bytes(SIDE, rows) + split_bytes(depth, rows)
+
+
+@kernel
+def _tiles(dtype, most_rows, room):
+    """Where in `room` x lies in tiles, behind two panels of dy."""
+    return room + room_bytes(dtype, most_rows) + 2 * split_bytes(SIDE, most_rows)
 
 
 @kernel
 def pack_tiles(dtype, rows, most_rows, first, depth, x, x_row, room):
     """Columns first..first + depth of x, from address x on, for `add_tiles`. Assumes: `first` is a multiple of 32."""
-    strips = room + room_bytes(dtype, most_rows) + split_bytes(SIDE, most_rows)
+    itemsize, tiles = size_of(dtype), _tiles(dtype, most_rows, room)
     for k in range(0, depth, SIDE):
-        split_columns(rows, min(SIDE, depth - k), x + k * 4, x_row * 4, strips + split_bytes(first + k, rows))
+        target = tiles + split_bytes(first + k, rows)
+        split_columns(rows, min(SIDE, depth - k), x + k * itemsize, x_row * itemsize, target)
 
 
 @kernel
 def add_tiles(dtype, rows, most_rows, depth, filters, dy, dy_row, d_kernel, fresh, room):
     """d_kernel = x^T . dy for a block of rows, or += if not `fresh`, as `pointwise.add_strips` has it."""
-    itemsize = size_of(dtype)
-    zeros, panel = room + 2 * SUMS_BYTES, room + room_bytes(dtype, most_rows)
-    strips = panel + split_bytes(SIDE, most_rows)
-    view(dtype, zeros, SIDE)[:] = 0
-    begin_tiles(dtype)
-    for f in range(0, filters, SIDE):
-        columns, target = min(SIDE, filters - f), d_kernel + f * itemsize
-        split_panel(rows, columns, dy + f * itemsize, dy_row * itemsize, panel)
-        start, start_row = (zeros, 0) if fresh else (target, dy_row)
-        multiply_panel(
-            dtype, depth, rows, columns, strips, 0, 0, panel, 0, 0, start, start_row, 0, target, dy_row, 0,
-            -infinity(dtype), infinity(dtype), room,
-        )  # fmt: skip
-    end_tiles(dtype)
+    tiles, own = _tiles(dtype, most_rows, room), room + room_bytes(dtype, most_rows)
+    multiply_part(
+        dtype, depth, rows, filters, 0, filters, tiles, 0, 0, dy, dy_row, 0, 0, own,
+        0 if fresh else d_kernel, dy_row, 0, d_kernel, dy_row, 0, room, -infinity(dtype), infinity(dtype),
+    )  # fmt: skip

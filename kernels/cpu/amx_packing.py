@@ -14,12 +14,14 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from .amx_tile import SIDE, STEP, STEP_BYTES
+from .amx import SIDE, STEP, STEP_BYTES, terms_of
 from .jit import kernel
 from .memory import ceil_div
-from .simd import CACHE_LINE, BFloat16Vectors, Vectors, index, transposed
+from .simd import CACHE_LINE, Vectors, index, transposed, vectors_of
 
 TERMS = 3
+EARLY = 64  # rows of b from being asked for to being packed
+PARTS_A_STEP = 32  # of a panel: pieces of work that `amx_tile` does in passing
 _WIDTH = 16  # a vector, a tile's rows and half a step
 _LARGEST = float.fromhex("0x1.fep127")  # of bfloat16: rounded, a float32 may be infinite
 _PAIRS = ir.VectorType(ir.IntType(32), _WIDTH)
@@ -31,31 +33,32 @@ def split_bytes(rows, depth):
     return ceil_div(rows, SIDE) * ceil_div(depth, STEP) * TERMS * STEP_BYTES
 
 
+def _every(word: int) -> ir.Constant:
+    return ir.Constant(_PAIRS, [word] * _WIDTH)
+
+
 class _Split:
     """Emits the splitting of vectors of float32."""
 
     def __init__(self, builder) -> None:
         self.builder = builder
         self.wide = Vectors(builder, types.NumberClass(types.float32), 64, True)
-        self.narrow = BFloat16Vectors(builder, types.NumberClass(types.uint16), 64, True)
 
     def terms(self, value) -> list:
-        """The bits of the three bfloat16, each in the lower half of a lane. Infinity is the largest, then itself."""
-        builder, wide, narrow = self.builder, self.wide, self.narrow
-        most = ir.Constant(wide.type, [_LARGEST] * _WIDTH)
-        least = ir.Constant(wide.type, [-_LARGEST] * _WIDTH)
-        found = []
-        for number in range(TERMS):
-            nearest = wide.clamp(value, least, most) if number == 0 else value
-            found.append(builder.zext(narrow.rounded(nearest), _PAIRS))
-            value = builder.fsub(value, narrow.upper_halves(found[-1]))
-        return found
+        """The bits of the three bfloat16, each in the upper half of a lane. Infinity is the largest, then itself."""
+        builder, found = self.builder, []
+        most, least = (ir.Constant(self.wide.type, [sign * _LARGEST] * _WIDTH) for sign in (1, -1))
+        nearest = self.wide.clamp(value, least, most)
+        for _ in range(TERMS - 1):
+            bits = builder.bitcast(nearest, _PAIRS)
+            found.append(builder.and_(builder.add(bits, _every(0x8000)), _every(-0x10000)))
+            nearest = value = builder.fsub(value, builder.bitcast(found[-1], self.wide.type))
+        return [*found, builder.bitcast(value, _PAIRS)]  # what is left has no more digits
 
     def pairs(self, first, second) -> list:
         """The pairs of two vectors, for each term."""
-        builder, half = self.builder, ir.Constant(_PAIRS, [_WIDTH] * _WIDTH)
         both = zip(self.terms(first), self.terms(second), strict=True)
-        return [builder.or_(one, builder.shl(other, half)) for one, other in both]
+        return [self.builder.or_(self.builder.lshr(one, _every(16)), other) for one, other in both]
 
     def store(self, pairs, address) -> None:
         self.builder.store(pairs, self.builder.inttoptr(address, _PAIRS.as_pointer()), align=CACHE_LINE)
@@ -134,28 +137,48 @@ def split_columns(typing_context, rows, columns, source, row_bytes, target):
     return types.void(*[types.intp] * 5), codegen
 
 
+def emit_panel_part(emit: Vectors, depth, columns, source, row_bytes, number, target) -> None:
+    """Half a row of pairs of a panel of b: of up to 32 columns of a matrix, whose rows are the depth, 16.
+
+    A pair of float32 is of two rows 16 apart, of bfloat16 of two that follow each other.
+    """
+    builder = emit.builder
+    row, half = builder.lshr(number, index(1)), builder.and_(number, index(1))
+    inside = builder.sub(columns, builder.mul(half, index(_WIDTH)))
+    at = builder.add(builder.mul(row, index(2 * CACHE_LINE)), builder.mul(half, index(CACHE_LINE)))
+    step = builder.lshr(row, index(4))
+    k, apart = builder.add(builder.mul(step, index(STEP - _WIDTH)), row), _WIDTH
+    if emit.factors > 1:
+        k, apart = builder.mul(row, index(2)), 1
+    line = builder.add(source, builder.add(builder.mul(k, row_bytes), builder.mul(half, index(_WIDTH * emit.itemsize))))
+    for early in (EARLY, EARLY + apart):
+        emit.prefetch(emit.pointer(builder.add(line, builder.mul(row_bytes, index(early)))))
+    left = builder.sub(depth, k)
+    if emit.factors > 1:
+        row_stride = builder.sdiv(row_bytes, index(emit.itemsize))
+        copy = emit.pointer(builder.add(target, at))
+        emit.copy_factors(emit.pointer(line), row_stride, left, [emit.mask(inside)], copy)
+        return
+    split = _Split(builder)
+    base = builder.add(target, builder.mul(step, index((TERMS - 1) * STEP_BYTES)))
+    for term, pairs in enumerate(split.pairs_of_rows(line, row_bytes, left, inside, 0)):
+        split.store(pairs, _place(builder, base, term, at))
+
+
 @intrinsic
-def split_panel(typing_context, depth, columns, source, row_bytes, target):
-    """A panel of b: up to 32 columns of a matrix, whose rows are the depth."""
+def split_panel(typing_context, dtype, depth, columns, source, row_bytes, target):
+    """A panel of b, packed at once."""
 
     def codegen(context, builder, signature, arguments):
-        depth, columns, source, row_bytes, target = arguments
-        split = _Split(builder)
-        with _each_step(builder, depth, target) as (k, left, base):
-            line = builder.add(source, builder.mul(k, row_bytes))
-            with cgutils.for_range(builder, index(_WIDTH)) as row:
-                place = builder.add(line, builder.mul(row.index, row_bytes))
-                rest = builder.sub(left, row.index)
-                for half in range(2):
-                    at = builder.add(place, index(half * _WIDTH * split.wide.itemsize))
-                    inside = builder.sub(columns, index(half * _WIDTH))
-                    found = split.pairs_of_rows(at, row_bytes, rest, inside, 0)
-                    line_at = builder.add(builder.mul(row.index, index(2 * CACHE_LINE)), index(half * CACHE_LINE))
-                    for term, pairs in enumerate(found):
-                        split.store(pairs, _place(builder, base, term, line_at))
+        _, depth, *rest, target = arguments
+        emit = vectors_of(builder, signature)
+        steps = builder.sdiv(builder.add(depth, index(STEP - 1)), index(STEP))
+        if terms_of(signature.args[0]):
+            with cgutils.for_range(builder, builder.mul(steps, index(PARTS_A_STEP))) as part:
+                emit_panel_part(emit, depth, *rest, part.index, target)
         return context.get_dummy_value()
 
-    return types.void(*[types.intp] * 5), codegen
+    return types.void(dtype, *[types.intp] * 5), codegen
 
 
 @intrinsic
@@ -190,9 +213,9 @@ def join_pairs(typing_context, source, first, second):
         split = _Split(builder)
         places = [_place(builder, source, term, index(0)) for term in range(TERMS)]
         words = [builder.load(builder.inttoptr(at, _PAIRS.as_pointer()), align=CACHE_LINE) for at in places]
-        upper = [builder.and_(each, ir.Constant(_PAIRS, [-1 << _WIDTH] * _WIDTH)) for each in words]
-        halves = list(map(split.narrow.upper_halves, words)), [builder.bitcast(each, split.wide.type) for each in upper]
-        for (high, middle, low), target in zip(halves, targets, strict=True):
+        first = [builder.bitcast(builder.shl(each, _every(16)), split.wide.type) for each in words]
+        second = [builder.bitcast(builder.and_(each, _every(-0x10000)), split.wide.type) for each in words]
+        for (high, middle, low), target in zip((first, second), targets, strict=True):
             larger = builder.fadd(high, middle)
             infinite = builder.fcmp_unordered("uno", low, low)  # infinity less infinity, of which nothing was left
             split.wide.store(builder.select(infinite, larger, builder.fadd(larger, low)), split.wide.pointer(target))

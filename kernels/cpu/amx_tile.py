@@ -2,14 +2,10 @@
 
     sums[i,j] = sum over k of a[i,k] * b[k,j]
 
-A register holds 16 rows of 64 bytes, and the one instruction that there is multiplies pairs of bfloat16, which it sums
-in float32. A float32 goes in as the sum of three bfloat16 that it is, `high + middle + low`: of the nine products of
-two such sums six are computed, and the three left out are below float32's own rounding. An infinity or a NaN makes NaN
-of all that it meets, so what is not finite is computed anew elsewhere (see `amx_gemm`).
-
-a comes as 16 rows of 32 elements for a tile, b as 16 rows of 32 columns, a pair of k in each. Intel's manual, volume 1,
-chapter 18, tells of the registers; the sum of three is that of Henry, Tang and Heinecke, Leveraging the bfloat16
-Artificial Intelligence Datatype For Higher-Precision Computations (2019).
+Of the nine products of two float32, each a sum of three bfloat16, six are computed; the three left out are below
+float32's own rounding: Henry, Tang and Heinecke, Leveraging the bfloat16 Artificial Intelligence Datatype For
+Higher-Precision Computations (2019). What is infinite makes NaN of some of them, so that what is not finite is computed
+anew (see `amx_gemm`).
 """
 
 from __future__ import annotations
@@ -18,126 +14,102 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
+from .amx import ROWS, SIDE, STEP, STEP_BYTES, emit_call, pointer, terms_of
+from .amx_packing import PARTS_A_STEP, emit_panel_part
 from .simd import CACHE_LINE, Vectors, arithmetic_type, emit_cases, index, vectors_of
 from .tiles import CHOSEN
 
-SIDE = 32  # rows and columns of the product: two tiles
-STEP = 32  # elements of the depth that a tile holds
-_TILE_ROWS, _TILE_BYTES = 16, 1024
-_LINE = 2 * CACHE_LINE  # bytes of a row of b: a pair for each of 32 columns
-STEP_BYTES = 2 * _TILE_BYTES  # of either side, for each of its terms
+_LINE = 2 * CACHE_LINE  # bytes of a row of b: a pair for each of 32 columns; and of the sums
 _SUMS, _A, _B = (0, 1, 2, 3), (4, 5), (6, 7)  # registers
 # Which terms are multiplied, one of the two staying where it is: the largest products in the middle.
 _PRODUCTS = {1: ((0, 0),), 3: ((2, 0), (0, 0), (1, 0), (1, 1), (0, 1), (0, 2))}
-_BYTE, _WORD = ir.IntType(8), ir.IntType(16)
-
-
-def _terms(dtype: types.NumberClass) -> int:
-    kinds = {types.float32: 3, types.uint16: 1}
-    return kinds.get(dtype.instance_type, 0) if CHOSEN.matrices else 0
 
 
 @intrinsic
-def terms(typing_context, dtype):
-    """How many bfloat16 stand for an element of `dtype` in AMX's registers; 0 where they are not used for it."""
-
-    def codegen(context, builder, signature, arguments):
-        return index(_terms(signature.args[0]))
-
-    return types.intp(dtype), codegen
-
-
-@intrinsic
-def begin_tiles(typing_context, dtype):
-    """Sets this thread's registers up, all eight alike, and clears them."""
-
-    def codegen(context, builder, signature, arguments):
-        if _terms(signature.args[0]):
-            palette, columns, rows = [1] + [0] * 15, [CACHE_LINE, 0] * 8 + [0] * 16, [_TILE_ROWS] * 8 + [0] * 8
-            kind = ir.ArrayType(_BYTE, CACHE_LINE)
-            layout = ir.Constant(kind, bytearray(palette + columns + rows))
-            place = cgutils.global_constant(builder, "amx_layout", layout)
-            _call(builder, "ldtilecfg", builder.bitcast(place, _BYTE.as_pointer()))
-        return context.get_dummy_value()
-
-    return types.void(dtype), codegen
-
-
-@intrinsic
-def end_tiles(typing_context, dtype):
-    """Gives the registers back: the system need not save them any more."""
-
-    def codegen(context, builder, signature, arguments):
-        if _terms(signature.args[0]):
-            _call(builder, "tilerelease")
-        return context.get_dummy_value()
-
-    return types.void(dtype), codegen
-
-
-@intrinsic
-def amx_tile(typing_context, dtype, halves, steps, a, a_row, a_half, a_step, b, ahead, ahead_lines, sums):
+def amx_tile(
+    typing_context, dtype, halves, depth, a, a_row, a_half, a_step, b, sums,
+    source, source_row, columns, first_part, parts, panel, c, c_row, rows,
+):  # fmt: skip
     """Fills `sums`, 32x32 float32: 16 rows of it for each of `halves`, 1 or 2.
 
-    Row i of a tile of a lies at `a + i*a_row`, in bytes; the other 16 rows `a_half` on, another term 2 KiB on, what is
-    next in the depth `a_step` on. b is a panel. Meanwhile each step asks for `ahead_lines` cache lines from `ahead` on.
+    Row i of a tile of a lies at `a + i*a_row`, in bytes, the other 16 rows `a_half` on, another term STEP_BYTES on, and
+    what is next in the depth `a_step` on. b is a panel.
+
+    Meanwhile the next panel is packed, of so many columns at `source`, if that is not 0: with each product `parts` of
+    its parts, from number `first_part` on. The vector units have nothing else to do; but with more than 50 instructions
+    between four of AMX's those wait (Granite Rapids). The lines of so many rows of c that the sums will go to are asked
+    for as well, a few at a time.
 
     Assumes: between `begin_tiles` and `end_tiles`.
     """
 
     def codegen(context, builder, signature, arguments):
         halves, *rest = arguments[1:]
-        count = _terms(signature.args[0])
+        count = terms_of(signature.args[0])
         if count:
             emit = vectors_of(builder, signature)
             emit_cases(builder, halves, (1, 2), lambda number: _emit_tile(emit, count, number, *rest))
         return context.get_dummy_value()
 
-    return types.void(dtype, *[types.intp] * 10), codegen
+    return types.void(dtype, *[types.intp] * 17), codegen
 
 
-def _call(builder, name: str, *arguments) -> None:
-    function = ir.FunctionType(ir.VoidType(), [argument.type for argument in arguments])
-    builder.call(cgutils.get_or_insert_function(builder.module, function, f"llvm.x86.{name}"), arguments)
-
-
-def _register(number: int) -> ir.Constant:
-    return ir.Constant(_BYTE, number)
-
-
-def _emit_tile(emit, count: int, halves: int, steps, a, a_row, a_half, a_step, b, ahead, ahead_lines, sums) -> None:
+def _emit_tile(
+    emit, count: int, halves: int, depth, a, a_row, a_half, a_step, b, sums,
+    source, source_row, columns, first_part, parts, panel, c, c_row, rows,
+) -> None:  # fmt: skip
     builder = emit.builder
-
-    def at(address):
-        return builder.inttoptr(address, _BYTE.as_pointer())
-
+    steps = builder.sdiv(builder.add(depth, index(STEP - 1)), index(STEP))
+    all_parts = builder.mul(steps, index(PARTS_A_STEP))
+    all_parts = builder.select(builder.icmp_signed("==", source, index(0)), index(0), all_parts)
+    next_part, next_row = (cgutils.alloca_once_value(builder, value) for value in (first_part, index(0)))
+    turns = builder.mul(builder.select(builder.icmp_signed(">", steps, index(0)), steps, index(1)), index(len(_PRODUCTS[count])))
+    rows_a_turn = builder.sdiv(builder.add(rows, builder.sub(turns, index(1))), turns)
     for number in _SUMS[: 2 * halves]:
-        _call(builder, "tilezero", _register(number))
+        emit_call(builder, "tilezero", number)
     with cgutils.for_range(builder, steps) as loop:
         a_at = builder.add(a, builder.mul(loop.index, a_step))
         b_at = builder.add(b, builder.mul(loop.index, index(count * STEP_BYTES)))
 
         def load_a(term, half):
             place = builder.add(a_at, builder.add(index(term * STEP_BYTES), builder.mul(a_half, index(half))))
-            _call(builder, "tileloadd64", _register(_A[half]), at(place), a_row)
+            emit_call(builder, "tileloadd64", _A[half], pointer(builder, place), a_row)
 
         def load_b(term, half):
             place = builder.add(b_at, index(term * STEP_BYTES + half * CACHE_LINE))
-            _call(builder, "tileloadd64", _register(_B[half]), at(place), index(_LINE))
+            emit_call(builder, "tileloadd64", _B[half], pointer(builder, place), index(_LINE))
 
         def multiply(row, column):
-            _call(builder, "tdpbf16ps", *map(_register, (_SUMS[2 * row + column], _A[row], _B[column])))
+            emit_call(builder, "tdpbf16ps", _SUMS[2 * row + column], _A[row], _B[column])
 
-        _emit_step(_PRODUCTS[count], halves, load_a, load_b, multiply)
-        line = builder.add(ahead, builder.mul(builder.mul(loop.index, ahead_lines), index(CACHE_LINE)))
-        with cgutils.for_range(builder, ahead_lines) as asks:
-            emit.prefetch(emit.pointer(builder.add(line, builder.mul(asks.index, index(CACHE_LINE)))))
+        def each_of(place, limit, number, action):
+            """What `number` more of `limit` pieces of work there is."""
+            done = builder.load(place)
+            left = builder.sub(limit, done)
+            todo = builder.select(builder.icmp_signed("<", left, number), left, number)
+            with cgutils.for_range(builder, todo) as piece:
+                action(builder.add(done, piece.index))
+            builder.store(builder.add(done, number), place)
+
+        def pack(part):
+            emit_panel_part(emit, depth, columns, source, source_row, part, panel)
+
+        def ask(row):
+            line = emit.pointer(builder.add(c, builder.mul(row, c_row)))
+            for byte in range(0, SIDE * emit.itemsize + 1, CACHE_LINE):
+                emit.prefetch(emit.at(line, index(byte // emit.itemsize)), 1, write=True)
+
+        def between():
+            each_of(next_part, all_parts, parts, pack)
+            each_of(next_row, rows, rows_a_turn, ask)
+
+        _emit_step(_PRODUCTS[count], halves, load_a, load_b, multiply, between)
     for number in _SUMS[: 2 * halves]:
-        place = index(number // 2 * 2 * _TILE_ROWS * CACHE_LINE + number % 2 * CACHE_LINE)
-        _call(builder, "tilestored64", _register(number), at(builder.add(sums, place)), index(_LINE))
+        place = builder.add(sums, index(number // 2 * ROWS * _LINE + number % 2 * CACHE_LINE))
+        emit_call(builder, "tilestored64", number, pointer(builder, place), index(_LINE))
 
 
-def _emit_step(products, halves: int, load_a, load_b, multiply) -> None:
+def _emit_step(products, halves: int, load_a, load_b, multiply, between) -> None:
     """One step of the depth. What is loaded is multiplied by what stays before the next is loaded."""
     a_term = b_term = None
     for a_next, b_next in products:
@@ -154,6 +126,7 @@ def _emit_step(products, halves: int, load_a, load_b, multiply) -> None:
                         load_a(a_next, row)
                     multiply(row, column)
         a_term, b_term = a_next, b_next
+        between()
 
 
 def _vectors_of_sums(builder) -> Vectors:
@@ -166,15 +139,18 @@ def is_finite(typing_context, rows, sums):
 
     def codegen(context, builder, signature, arguments):
         rows, sums = arguments
-        emit = _vectors_of_sums(builder)
-        found = emit.register("nan")  # what is not finite makes NaN, times zero, and NaN remains
-        builder.store(emit.zero(), found)
-        with cgutils.for_range(builder, builder.mul(rows, index(SIDE // emit.lanes))) as loop:
-            value = emit.load(emit.at(emit.pointer(sums), builder.mul(loop.index, index(emit.lanes))))
-            builder.store(emit.multiply_add(value, emit.zero(), builder.load(found)), found)
-        total = builder.load(found)
-        lanes = builder.fcmp_ordered("ord", total, total)
-        every = builder.bitcast(lanes, ir.IntType(emit.lanes))
+        emit, words = _vectors_of_sums(builder), ir.VectorType(ir.IntType(32), SIDE // 2)
+        largest = cgutils.alloca_once_value(builder, ir.Constant(words, None))  # of the bits, less the sign's
+        magnitude, infinite = (ir.Constant(words, [bits] * words.count) for bits in (0x7FFFFFFF, 0x7F800000))
+        with cgutils.for_range(builder, rows) as loop:
+            for j in range(2):
+                at = builder.add(builder.mul(loop.index, index(SIDE)), index(j * emit.lanes))
+                bits = builder.bitcast(emit.load(emit.at(emit.pointer(sums), at)), words)
+                bits, so_far = builder.and_(bits, magnitude), builder.load(largest)
+                more = builder.icmp_unsigned(">", bits, so_far)
+                builder.store(builder.select(more, bits, so_far), largest)
+        lanes = builder.icmp_unsigned("<", builder.load(largest), infinite)
+        every = builder.bitcast(lanes, ir.IntType(words.count))
         return builder.icmp_signed("==", every, ir.Constant(every.type, -1))
 
     return types.boolean(types.intp, types.intp), codegen
@@ -202,10 +178,13 @@ def mend(typing_context, sums, mended):
 def finish_tile(
     typing_context, dtype, rows, columns, sums, start, start_row, residual_offset, c, c_row, past_caches, low, high
 ):
-    """c[i,j] = clamp(sums[i,j] + start[i,j] + residual[i,j]), as `gemm_tile` has it, for i < rows, j < columns."""
+    """c[i,j] = clamp(sums[i,j] + start[i,j] + residual[i,j]), as `gemm_tile` has it, for i < rows, j < columns.
+
+    There is no start where that is 0.
+    """
 
     def codegen(context, builder, signature, arguments):
-        if _terms(signature.args[0]):
+        if terms_of(signature.args[0]):
             _emit_finish(vectors_of(builder, signature), _vectors_of_sums(builder), *arguments[1:])
         return context.get_dummy_value()
 
@@ -216,28 +195,36 @@ def finish_tile(
 def _emit_finish(
     emit, wide, rows, columns, sums, start, start_row, residual_offset, c, c_row, past_caches, low, high
 ) -> None:
-    builder = emit.builder
-    vectors = range(SIDE // emit.lanes)
+    builder, vectors = emit.builder, range(SIDE // emit.lanes)
     masks = [emit.mask(columns, j * emit.lanes) for j in vectors]
     lows, highs = emit.splat(low), emit.splat(high)
-    has_residual = builder.icmp_signed("!=", residual_offset, index(0))
+    has_start, has_residual = (builder.icmp_signed("!=", each, index(0)) for each in (start, residual_offset))
+    begin_moves = builder.and_(has_start, builder.icmp_signed("!=", start_row, index(0)))
+    no_lane, same_begin = ir.Constant(masks[0].type, None), builder.and_(has_start, builder.not_(begin_moves))
+    same = [builder.select(same_begin, mask, no_lane) for mask in masks]
+    same = [emit.load(emit.at(emit.pointer(start), index(j * emit.lanes)), same[j]) for j in vectors]
     streamed = builder.icmp_signed("!=", past_caches, index(0))
     streamed = builder.and_(streamed, builder.icmp_signed("==", columns, index(SIDE)))
+    totals = [wide.register(f"total{j}") for j in vectors]
+
+    def add(condition, line):
+        with builder.if_then(condition, likely=False):
+            for total, added in zip(totals, emit.load_span(line, masks), strict=True):
+                builder.store(builder.fadd(builder.load(total), added), total)
+
     with cgutils.for_range(builder, rows) as loop:
         line = wide.at(wide.pointer(sums), builder.mul(loop.index, index(SIDE)))
-        begin = emit.at(emit.pointer(start), builder.mul(loop.index, start_row))
-        offset = builder.mul(builder.mul(loop.index, c_row), index(emit.itemsize))
-        target = builder.add(c, offset)
-        residual = builder.select(has_residual, builder.add(target, residual_offset), start)
-        none = ir.Constant(masks[0].type, None)
-        for j, mask in zip(vectors, masks, strict=True):
-            at = index(j * emit.lanes)
-            total = builder.fadd(wide.load(wide.at(line, at)), emit.load(emit.at(begin, at), mask))
-            added = emit.load(emit.at(emit.pointer(residual), at), builder.select(has_residual, mask, none))
-            total = emit.clamp(builder.fadd(total, added), lows, highs)
-            place = emit.at(emit.pointer(target), at)
-            with builder.if_else(streamed, likely=False) as (then, otherwise):
-                with then:
-                    emit.stream(total, place)
-                with otherwise:
-                    emit.store(total, place, mask)
+        for total, summed, first in zip(totals, wide.load_span(line, [None] * len(vectors)), same, strict=True):
+            builder.store(builder.fadd(summed, first), total)
+        target = builder.add(c, builder.mul(builder.mul(loop.index, c_row), index(emit.itemsize)))
+        add(begin_moves, emit.at(emit.pointer(start), builder.mul(loop.index, start_row)))
+        add(has_residual, emit.pointer(builder.add(target, residual_offset)))
+        results = [emit.clamp(builder.load(total), lows, highs) for total in totals]
+        places = [emit.at(emit.pointer(target), index(j * emit.lanes)) for j in vectors]
+        with builder.if_else(streamed, likely=False) as (then, otherwise):
+            with then:
+                for result, place in zip(results, places, strict=True):
+                    emit.stream(result, place)
+            with otherwise:
+                for result, place, mask in zip(results, places, masks, strict=True):
+                    emit.store(result, place, mask)

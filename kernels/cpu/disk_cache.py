@@ -43,7 +43,7 @@ from numba.core.runtime import rtsys
 from numba.core.serialize import dumps
 
 from .. import cache_folder
-from .tiles import CHOSEN, L2_BYTES
+from .tiles import CHOSEN
 
 FOLDER_VARIABLE = cache_folder.VARIABLE
 _MAGIC = b"fastsepconv kernel 1\n"
@@ -254,7 +254,7 @@ def _hash_folder(folder: Path) -> str:
 def _process_key() -> tuple:
     """What this process was started with and the machine code depends on."""
     options = tuple(getattr(config, name, None) for name in _NUMBA_OPTIONS)
-    return CHOSEN.name, L2_BYTES, options
+    return CHOSEN.name, options
 
 
 def _signature_key(sig: object) -> object:

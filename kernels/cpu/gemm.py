@@ -11,21 +11,21 @@ for while the registers are busy with the present one. A few rows alone are anot
 from __future__ import annotations
 
 from . import amx_gemm
+from .amx import SIDE, terms
+from .amx_gemm import MOST_DEPTH
 from .amx_packing import split_bytes
-from .amx_tile import SIDE, terms
 from .gemm_tile import ASK_STEP, ASKS_A_STRETCH, EARLY, GEMM_ROWS, STRETCH, gemm_columns, gemm_tile
 from .jit import kernel
 from .memory import ceil_div, share, size_of, view
 from .packing import pack, pack_panel, packed_length, panel_length, whole_depth
 from .pool import compiled_once
 from .simd import CACHE_LINE, L1_PERIOD, factors, infinity
-from .tiles import L2_BYTES
 
 TILE_ROWS, LEAST_ROWS = GEMM_ROWS[0], GEMM_ROWS[-1]
-BLOCK_BYTES = L2_BYTES * 3 // 8  # a block of a: L2 holds it, what the next is made of, and a panel of the kernel
+BLOCK_BYTES = 384 << 10  # a block of a: an L2 of 1 MiB holds it, what the next is made of, and a panel of the kernel
 ONLY_BLOCK_BYTES = 720 * 1024  # the same where there is no next one: from L3 it costs less than all panels once more
 SHARES_A_THREAD = 2  # at most: each begins with rows that nobody has asked for
-AMX_BLOCK_BYTES, AMX_BLOCK_ROWS = L2_BYTES // 2, 256
+AMX_BLOCK_BYTES, AMX_BLOCK_ROWS = 1 << 20, 256  # of a in terms of bfloat16: CPUs with AMX have an L2 of 2 MiB
 PASSES = 8  # packing a kernel in passing for so many blocks costs no more than packing it once beforehand
 BLOCK_TILES = 168 // TILE_ROWS  # more rows than that would cost more in address translation than they save
 STREAMED_BYTES = 24 << 20  # an output larger than that is gone from the caches before anyone reads it
@@ -88,7 +88,9 @@ def _row_parts(dtype, rows, workers):
 def block_count(dtype, depth, rows):
     """Into how many blocks a worker's share of `rows` rows is cut."""
     if terms(dtype) > 0:
-        return ceil_div(rows, max(SIDE, min(AMX_BLOCK_ROWS, AMX_BLOCK_BYTES // split_bytes(SIDE, depth) * SIDE)))
+        return ceil_div(
+            rows, max(SIDE, min(AMX_BLOCK_ROWS, AMX_BLOCK_BYTES // split_bytes(SIDE, min(depth, MOST_DEPTH)) * SIDE))
+        )
     tiles = ceil_div(rows, TILE_ROWS)
     tile_bytes = TILE_ROWS * padded_row(dtype, depth) * size_of(dtype)
     if tiles * tile_bytes <= ONLY_BLOCK_BYTES:
@@ -148,7 +150,9 @@ def _shares_panels(dtype, rows, depth, row_stride, column_stride, workers):
     """
     blocks = block_count(dtype, depth, ceil_div(rows, _row_parts(dtype, rows, workers)))
     cheap = column_stride == 1 and not rows_collide(dtype, row_stride)
-    return factors(dtype) > 1 or terms(dtype) > 0 or blocks > (PASSES if cheap else 1)
+    if terms(dtype) > 0:
+        return blocks > 1 or column_stride != 1
+    return factors(dtype) > 1 or blocks > (PASSES if cheap else 1)
 
 
 @kernel
@@ -311,8 +315,8 @@ def multiply_block(
     """
     if terms(dtype) > 0:
         amx_gemm.multiply_in_tiles(
-            dtype, rows, depth, filters, f_first, f_last, a, a_row, tail, panels, start, residual_offset, y,
-            past_caches, own, low, high,
+            dtype, rows, depth, filters, f_first, f_last, a, a_row, tail, kernel, row_stride, panels, start,
+            residual_offset, y, past_caches, own, low, high,
         )  # fmt: skip
         return
     if thin and panels == 0:

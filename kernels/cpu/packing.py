@@ -11,8 +11,8 @@ from __future__ import annotations
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
+from .amx import STEP, terms
 from .amx_packing import split_bytes, split_panel, split_transposed_panel
-from .amx_tile import STEP, terms
 from .gemm_tile import EARLY, GEMM_ROWS, gemm_columns
 from .jit import kernel
 from .memory import ceil_div, share, size_of
@@ -163,7 +163,7 @@ def pack_panel(dtype, depth, columns, source, row_stride, column_stride, panel):
     """Fills one panel. Assumes: one of the strides is 1, of bfloat16 that of columns."""
     if terms(dtype) > 1:
         if column_stride == 1:
-            split_panel(depth, columns, source, row_stride * size_of(dtype), panel)
+            split_panel(dtype, depth, columns, source, row_stride * size_of(dtype), panel)
         else:
             split_transposed_panel(depth, columns, source, column_stride * size_of(dtype), panel)
     elif column_stride == 1:

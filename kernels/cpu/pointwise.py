@@ -15,8 +15,8 @@ from __future__ import annotations
 import numpy as np
 
 from . import amx_gemm
+from .amx import terms
 from .amx_gemm import HALF_ROWS
-from .amx_tile import terms
 from .depthwise_tiles import correlate_tile
 from .gemm import (
     TILE_ROWS,

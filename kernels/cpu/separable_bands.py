@@ -21,9 +21,8 @@ from .packing import pack, packed_length
 from .pool import parallel_kernel
 from .scratch import give, take_in_share, try_take
 from .simd import infinity
-from .tiles import L2_BYTES
 
-BAND_BYTES = L2_BYTES * 3 // 8  # of x and d_mid; of L2 they leave room for a block of dy and its copies
+BAND_BYTES = 384 << 10  # of x and d_mid; of L2 they leave room for a block of dy and its copies
 LEAST_BAND = 48  # rows of mid: fewer would cost a pass over the sums of d_pointwise each
 SUMS_BYTES = 4 << 20  # of d_pointwise at most, all groups together
 LEAST_BYTES = 2 << 20  # a mid of less stays in the caches anyway

@@ -40,8 +40,8 @@ class Tile(NamedTuple):
 TILES = (
     Tile(
         "amx", 64, True, (14, 12, 10, 8, 4, 2), 2, 4, 1, True, 4, 4, (8, 4, 3, 2, 1), 2,
-        "products of float32 and bfloat16 in AMX's registers, of which 2x2 hold sums and 2 each what is multiplied; all "
-        "else as with avx512",
+        "products of float32 and bfloat16 in AMX's registers, of which 2x2 hold sums and 2 each what is multiplied; "
+        "all else as with avx512",
         matrices=True,
     ),
     Tile(
@@ -146,14 +146,6 @@ def explain() -> str:
     return f"tile {CHOSEN.name} {how} for {cpu}: {CHOSEN.reason}"
 
 
-def _l2_bytes() -> int:
-    """What the operating system says of the L2 of a core; where it says nothing, 1 MiB."""
-    try:
-        return os.sysconf("SC_LEVEL2_CACHE_SIZE") or 1 << 20
-    except (AttributeError, ValueError, OSError):  # only glibc knows that name
-        return 1 << 20
-
-
 def _multiplies_bfloat16() -> bool:
     """Whether the CPU multiplies and adds pairs of bfloat16 in one instruction, in vectors as wide as the tile's.
 
@@ -164,4 +156,3 @@ def _multiplies_bfloat16() -> bool:
 
 CHOSEN = _choose()
 MULTIPLIES_BFLOAT16 = _multiplies_bfloat16()
-L2_BYTES = _l2_bytes()
