@@ -6,6 +6,8 @@ middle + low`: see `amx_packing`. Intel's manual, volume 1, chapter 18, tells of
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
@@ -36,6 +38,11 @@ def emit_call(builder, name: str, *arguments) -> None:
 def pointer(builder, address):
     """The pointer at an integer address, as those instructions take it."""
     return builder.inttoptr(address, _BYTE.as_pointer())
+
+
+def with_amx(codegen: Callable) -> Callable:
+    """Emits nothing where the CPU has no AMX: nobody calls it there, and it would take a while to compile."""
+    return codegen if CHOSEN.matrices else lambda context, *_: context.get_dummy_value()
 
 
 @intrinsic

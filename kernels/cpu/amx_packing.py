@@ -14,7 +14,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from .amx import SIDE, STEP, STEP_BYTES, terms_of
+from .amx import SIDE, STEP, STEP_BYTES, terms_of, with_amx
 from .jit import kernel
 from .memory import ceil_div
 from .simd import CACHE_LINE, Vectors, index, transposed, vectors_of
@@ -112,7 +112,7 @@ def split_rows(typing_context, rows, depth, source, row_bytes, target):
                 split.store(pairs, _place(builder, base, term, builder.mul(row.index, index(CACHE_LINE))))
         return context.get_dummy_value()
 
-    return types.void(*[types.intp] * 5), codegen
+    return types.void(*[types.intp] * 5), with_amx(codegen)
 
 
 @intrinsic
@@ -134,7 +134,7 @@ def split_columns(typing_context, rows, columns, source, row_bytes, target):
                         split.store(pairs, _place(builder, base, term, at))
         return context.get_dummy_value()
 
-    return types.void(*[types.intp] * 5), codegen
+    return types.void(*[types.intp] * 5), with_amx(codegen)
 
 
 def emit_panel_part(emit: Vectors, depth, columns, source, row_bytes, number, target) -> None:
@@ -201,7 +201,7 @@ def split_transposed_panel(typing_context, depth, columns, source, column_bytes,
                         split.store(pairs, _place(builder, base, term, index(i * 2 * CACHE_LINE + half * CACHE_LINE)))
         return context.get_dummy_value()
 
-    return types.void(*[types.intp] * 5), codegen
+    return types.void(*[types.intp] * 5), with_amx(codegen)
 
 
 @intrinsic
@@ -221,4 +221,4 @@ def join_pairs(typing_context, source, first, second):
             split.wide.store(builder.select(infinite, larger, builder.fadd(larger, low)), split.wide.pointer(target))
         return context.get_dummy_value()
 
-    return types.void(*[types.intp] * 3), codegen
+    return types.void(*[types.intp] * 3), with_amx(codegen)

@@ -14,10 +14,9 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from .amx import ROWS, SIDE, STEP, STEP_BYTES, emit_call, pointer, terms_of
+from .amx import ROWS, SIDE, STEP, STEP_BYTES, emit_call, pointer, terms_of, with_amx
 from .amx_packing import PARTS_A_STEP, emit_panel_part
 from .simd import CACHE_LINE, Vectors, arithmetic_type, emit_cases, index, vectors_of
-from .tiles import CHOSEN
 
 _LINE = 2 * CACHE_LINE  # bytes of a row of b: a pair for each of 32 columns; and of the sums
 _SUMS, _A, _B = (0, 1, 2, 3), (4, 5), (6, 7)  # registers
@@ -63,8 +62,8 @@ def _emit_tile(
     all_parts = builder.mul(steps, index(PARTS_A_STEP))
     all_parts = builder.select(builder.icmp_signed("==", source, index(0)), index(0), all_parts)
     next_part, next_row = (cgutils.alloca_once_value(builder, value) for value in (first_part, index(0)))
-    turns = builder.mul(builder.select(builder.icmp_signed(">", steps, index(0)), steps, index(1)), index(len(_PRODUCTS[count])))
-    rows_a_turn = builder.sdiv(builder.add(rows, builder.sub(turns, index(1))), turns)
+    turns = builder.mul(steps, index(len(_PRODUCTS[count])))
+    rows_a_turn = builder.udiv(builder.add(rows, turns), builder.add(turns, index(1)))  # rounded up; there may be none
     for number in _SUMS[: 2 * halves]:
         emit_call(builder, "tilezero", number)
     with cgutils.for_range(builder, steps) as loop:
@@ -130,7 +129,7 @@ def _emit_step(products, halves: int, load_a, load_b, multiply, between) -> None
 
 
 def _vectors_of_sums(builder) -> Vectors:
-    return Vectors(builder, types.NumberClass(types.float32), CHOSEN.vector_bytes, CHOSEN.fused)
+    return Vectors(builder, types.NumberClass(types.float32), CACHE_LINE, True)
 
 
 @intrinsic
@@ -171,7 +170,7 @@ def mend(typing_context, sums, mended):
             emit.store(builder.select(finite, value, other), emit.at(sums, at))
         return context.get_dummy_value()
 
-    return types.void(types.intp, types.intp), codegen
+    return types.void(types.intp, types.intp), with_amx(codegen)
 
 
 @intrinsic

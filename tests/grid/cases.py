@@ -303,6 +303,10 @@ SIZES = [
     dataclasses.replace(_PLAIN, filters=45, channels=600, image=(9, 7), run="graph"),
     dataclasses.replace(_PLAIN, filters=67, channels=300, batch=2, image=(4, 3), run="graph"),
     *[dataclasses.replace(_PLAIN, channels=70, batch=9, image=(size, size), run="arrays") for size in (1, 2, 3)],
+    dataclasses.replace(_PLAIN, filters=40, channels=1100, image=(5, 4), run="arrays"),
+    dataclasses.replace(
+        _PLAIN, operation="pointwise_depthwise", channels=64, filters=40, image=(7, 9), dtype="bfloat16", run="arrays"
+    ),
     dataclasses.replace(_PLAIN, channels=70, image=(9, 12), padding=((3, 0), (4, 3))),
     dataclasses.replace(_PLAIN, channels=50, image=(9, 25), strides=(2, 2), dilation_rate=(2, 2), run="graph"),
 ]

@@ -6,10 +6,14 @@ The rules that are functions are called, at the tile in use; those that stand in
 from __future__ import annotations
 
 import numpy as np
+from numba.core import types
+from numba.np.numpy_support import from_dtype
 
 from fastsepconv import activations, layout
 from fastsepconv.kernels import cpu
 from fastsepconv.kernels.cpu import (
+    amx,
+    amx_gemm,
     depthwise,
     depthwise_line,
     gemm,
@@ -141,10 +145,12 @@ def _forward_paths(
     dtype, rows: int, depth: int, filters: int, row_stride: int, column_stride: int, workers: int, kept: bool = False
 ) -> set[str]:
     """Of a product: y = x . kernel, or d_x = dy . kernel^T."""
+    if _in_amx(dtype):
+        return _amx_paths(dtype, rows, depth, filters, row_stride, column_stride, workers, kept)
     width = TILE.vectors * _lanes(dtype)
     packed = kept or bool(gemm._shares_panels(dtype, rows, depth, row_stride, column_stride, workers))
-    shares = gemm.shares(rows, workers, packed)
-    row_parts = gemm._row_parts(rows, shares)
+    shares = gemm.shares(dtype, rows, workers, packed)
+    row_parts = gemm._row_parts(dtype, rows, shares)
     first, last, _, _ = gemm.work(dtype, rows, filters, 0, shares)
     left_over, found = (last - first) % gemm.TILE_ROWS, set()
     if packed:
@@ -172,7 +178,42 @@ def _forward_paths(
     return found
 
 
+def _in_amx(dtype) -> bool:
+    return bool(amx.terms_of(types.NumberClass(from_dtype(np.dtype(dtype)))))
+
+
+def _amx_paths(
+    dtype, rows: int, depth: int, filters: int, row_stride: int, column_stride: int, workers: int, kept: bool
+) -> set[str]:
+    """The same in AMX's registers."""
+    packed = kept or bool(gemm._shares_panels(dtype, rows, depth, row_stride, column_stride, workers))
+    shares = gemm.shares(dtype, rows, workers, packed)
+    row_parts = gemm._row_parts(dtype, rows, shares)
+    first, last, _, _ = gemm.work(dtype, rows, filters, 0, shares)
+    name, left_over = np.dtype(dtype).name, (last - first) % amx.SIDE
+    found = {f"AMX {name}: panels {'shared' if packed else 'packed in passing'}"}
+    found |= {"AMX: rows side by side for the depth"} if column_stride != 1 else set()
+    found |= {"AMX: several parts of the depth"} if amx_gemm.depth_parts(dtype, depth) > 1 else set()
+    found |= {f"AMX {name}: half a step left over"} if depth % amx.STEP else set()
+    found |= {f"AMX {name}: {'half a tile' if left_over <= amx.ROWS else 'a tile'} left over"} if left_over else set()
+    found |= {f"AMX {name}: whole tile"} if rows >= amx.SIDE and filters >= amx.SIDE else set()
+    found |= {f"AMX {name}: columns left over"} if filters % amx.SIDE else set()
+    found |= {f"AMX {name}: several blocks"} if gemm.block_count(dtype, depth, last - first) > 1 else set()
+    found |= {f"AMX: {'rows' if row_parts == shares else 'filters'} split"} if workers > 1 else set()
+    found |= {"AMX: more shares than threads"} if shares > workers else set()
+    found |= {"AMX: past the caches"} if gemm.past_caches(dtype, rows, filters, 0) else set()
+    if dtype is BFLOAT16:
+        copied = bool(pointwise._copied(dtype, depth))
+        found.add(f"AMX: rows of bfloat16 {'copied' if copied else 'in place'}")
+        found |= {"AMX: last rows copied"} if not copied and pointwise._reads_further(dtype, left_over) else set()
+    return found
+
+
 def _gradient_paths(dtype, rows: int, depth: int, filters: int) -> set[str]:
+    if _in_amx(dtype):
+        found = {"AMX gradient: several blocks"} if pointwise.gradient_blocks(rows) > 1 else set()
+        found |= {"AMX gradient: columns left over"} if filters % amx.SIDE else set()
+        return found | ({"AMX gradient: rows left over"} if depth % amx.SIDE else set())
     width = TILE.vectors * _lanes(dtype)
     found = {"product gradient: several blocks"} if pointwise.gradient_blocks(rows) > 1 else set()
     found |= {"product gradient: panels packed in passing"} if filters >= width else set()
@@ -181,17 +222,18 @@ def _gradient_paths(dtype, rows: int, depth: int, filters: int) -> set[str]:
 
 
 def every_path() -> set[str]:
-    """What a whole run has to take. On one core there is no pool, and nothing is split."""
-    heights = {gemm.tile_height(rows) for rows in range(1, gemm.TILE_ROWS)}
-    split = {"pool", "product: rows split", "product: filters split", "product: more shares than threads"}
-    parallel = split if threads.get_num_threads() > 1 else set()
+    """What a whole run has to take. On one core there is no pool, and nothing is split.
+
+    Where AMX multiplies, the other products are left to float64, and to a run on another tile.
+    """
+    products, kind = (_AMX_PRODUCTS, "AMX") if TILE.matrices else (_PRODUCTS, "product")
+    split = {"pool", f"{kind}: rows split", f"{kind}: filters split", f"{kind}: more shares than threads"}
     return (
-        {f"product: {height} rows left over" for height in heights}
+        products
         | {f"depthwise sliding: {pixels} pixels" for pixels in TILE.slides}
-        | parallel
+        | (split if threads.get_num_threads() > 1 else set())
         | {
             "serial",
-            "product: products left over",
             "empty batch",
             "plain channels",
             "repeated channels",
@@ -217,24 +259,54 @@ def every_path() -> set[str]:
             "depthwise gradient: rows together",
             "depthwise gradient: whole images",
             "depthwise gradient: part of an image",
-            "product: panels packed in passing",
-            "product: panels packed apart",
-            "product: rows of the kernel collide",
-            "product: one slab",
-            "product: several slabs",
-            "product: shared panels",
-            "product: rows copied",
-            "product: rows in place",
-            "product: last tile copied",
-            "product: several blocks",
-            "product: whole tile",
-            "product: columns left over",
-            "product: two sums",
-            "product: three sums",
-            "product: past the caches",
-            "product gradient: several blocks",
-            "product gradient: panels packed in passing",
-            "product gradient: columns left over",
-            "product gradient: rows left over",
         }
     )
+
+
+_HEIGHTS = {gemm.tile_height(rows) for rows in range(1, gemm.TILE_ROWS)}
+_PRODUCTS = {f"product: {height} rows left over" for height in _HEIGHTS} | {
+    "product: products left over",
+    "product: panels packed in passing",
+    "product: panels packed apart",
+    "product: rows of the kernel collide",
+    "product: one slab",
+    "product: several slabs",
+    "product: shared panels",
+    "product: rows copied",
+    "product: rows in place",
+    "product: last tile copied",
+    "product: several blocks",
+    "product: whole tile",
+    "product: columns left over",
+    "product: two sums",
+    "product: three sums",
+    "product: past the caches",
+    "product gradient: several blocks",
+    "product gradient: panels packed in passing",
+    "product gradient: columns left over",
+    "product gradient: rows left over",
+}
+_AMX_PRODUCTS = {
+    f"AMX {dtype}: {what}"
+    for dtype in ("float32", "uint16")
+    for what in (
+        "panels shared",
+        "panels packed in passing",
+        "half a step left over",
+        "half a tile left over",
+        "a tile left over",
+        "whole tile",
+        "columns left over",
+        "several blocks",
+    )
+} | {
+    "AMX: rows side by side for the depth",
+    "AMX: several parts of the depth",
+    "AMX: past the caches",
+    "AMX: rows of bfloat16 copied",
+    "AMX: rows of bfloat16 in place",
+    "AMX: last rows copied",
+    "AMX gradient: several blocks",
+    "AMX gradient: columns left over",
+    "AMX gradient: rows left over",
+}

@@ -154,7 +154,7 @@ def test_the_run_has_seen_everything(seen, random_cases, capsys, request):
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="these are tiles and a CPU of x86")
-@pytest.mark.parametrize("tile", ["avx2", "portable"])
+@pytest.mark.parametrize("tile", [*(["avx512"] if tiles.CHOSEN.matrices else []), "avx2", "portable"])
 def test_fallback_tile(tile):
     command, root = [sys.executable, "-m", "tests.grid.fallback"], Path(__file__).parents[2]
     process = subprocess.run(command, cwd=root, env=environment_of(tile), capture_output=True, text=True)

@@ -135,5 +135,5 @@ def test_on_every_tile(target):
 
 
 def test_is_handed_over_as_it_is_where_the_cpu_multiplies_it():
-    has_instructions = tiles.CHOSEN.name == "avx512" and "+avx512bf16" in tiles.target()[1]
+    has_instructions = tiles.CHOSEN.name in ("avx512", "amx") and "+avx512bf16" in tiles.target()[1]
     assert ({"bfloat16"} if has_instructions else set()) == cpu.FORWARD_HALVES

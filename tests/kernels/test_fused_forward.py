@@ -89,7 +89,7 @@ def test_residuals_of_whole_tiles_and_of_packed_kernels(depth, filters, rng):
 def test_rows_that_go_by_slabs_are_never_split():
     """Else the number of threads would decide on how the kernel is packed, and so on the order of the sums."""
     for workers in range(1, 65):
-        assert gemm._row_parts(max(gemm.THIN_ROWS, gemm.THIN_COLLIDING_ROWS), workers) == 1
+        assert gemm._row_parts(np.float32, max(gemm.THIN_ROWS, gemm.THIN_COLLIDING_ROWS), workers) == 1
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
