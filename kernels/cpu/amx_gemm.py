@@ -1,13 +1,15 @@
 """The matrix product in AMX's registers, for blocks that `gemm` cuts: see `amx_tile` for how they multiply.
 
-A float32 result that is not finite may be so for one of its terms alone: it is computed anew by `gemm_tile`.
+A block of a is split into terms first, the kernel a panel at a time: the next one while the present one is multiplied,
+so that it comes from memory once for each block, and from L2 then. A sum that is not finite may be so for one of its
+terms alone: `gemm_tile` computes it anew.
 """
 
 from __future__ import annotations
 
-from .amx import SIDE, STEP, STEP_BYTES, begin_tiles, end_tiles, terms
+from .amx import ROWS, SIDE, STEP, STEP_BYTES, begin_tiles, end_tiles, terms
 from .amx_packing import PARTS_A_STEP, TERMS, join_pairs, split_bytes, split_columns, split_panel, split_rows
-from .amx_tile import amx_tile, finish_tile, is_finite, mend
+from .amx_tile import PRODUCTS, amx_tile, finish_tile, is_finite, mend
 from .gemm_tile import GEMM_ROWS, gemm_tile
 from .jit import kernel
 from .memory import ceil_div, size_of, view
@@ -15,16 +17,16 @@ from .packing import panel_length
 from .pool import compiled_once
 from .simd import CACHE_LINE, infinity
 
-MOST_DEPTH = 1024
+MOST_DEPTH = 1024  # of the products that a pass over y sums up: a block and two panels of so many fit L2
 SUMS_BYTES = SIDE * SIDE * 4
 _ROW_BYTES = SIDE * 4
-HALF_ROWS = SIDE // 2
+_HEIGHT = next(rows for rows in GEMM_ROWS if SIDE % rows == 0)
+_PRODUCTS = len(PRODUCTS[TERMS])
 
 
 @kernel
 def room_bytes(dtype, depth):
-    """Scratch memory that `multiply_panel` wants: the sums of a tile; and where they may have to be computed anew, as
-    many, zeros to start from, and both sides in float32."""
+    """Scratch memory that `multiply_panel` wants: the sums of a tile, and what `_compute_anew` wants."""
     whole = ceil_div(depth, STEP) * STEP
     return SUMS_BYTES + (SUMS_BYTES + _ROW_BYTES + 2 * SIDE * whole * 4 if terms(dtype) > 1 else 0)
 
@@ -54,12 +56,15 @@ def _join_panel(depth, panel, joined):
         for number in range(SIDE):
             source = panel + step * TERMS * STEP_BYTES + number * CACHE_LINE
             target = joined + step * STEP * _ROW_BYTES + number * CACHE_LINE
-            join_pairs(source, target, target + HALF_ROWS * _ROW_BYTES)
+            join_pairs(source, target, target + ROWS * _ROW_BYTES)
 
 
 @compiled_once
 def _compute_anew(dtype, depth, tile, panel, room):
-    """The sums of a tile that are not finite, by fused multiply-adds of the float32 that the terms stand for."""
+    """The sums of a tile that are not finite, by fused multiply-adds of the float32 that the terms stand for.
+
+    `room` holds the sums, the new ones, zeros to start from, and both sides.
+    """
     whole = ceil_div(depth, STEP) * STEP
     mended = room + SUMS_BYTES
     zeros = mended + SUMS_BYTES
@@ -68,12 +73,11 @@ def _compute_anew(dtype, depth, tile, panel, room):
     view(dtype, zeros, SIDE)[:] = 0
     _join_rows(depth, tile, rows)
     _join_panel(depth, panel, columns)
-    for height in GEMM_ROWS[-1:]:
-        for m in range(0, SIDE, height):
-            gemm_tile(
-                dtype, height, height, SIDE, whole, rows + m * whole * 4, whole, 1, columns, SIDE, 0, columns, 0,
-                zeros, 0, 0, mended + m * _ROW_BYTES, SIDE, 0, -infinity(dtype), infinity(dtype),
-            )  # fmt: skip
+    for m in range(0, SIDE, _HEIGHT):
+        gemm_tile(
+            dtype, _HEIGHT, _HEIGHT, SIDE, whole, rows + m * whole * 4, whole, 1, columns, SIDE, 0, columns, 0,
+            zeros, 0, 0, mended + m * _ROW_BYTES, SIDE, 0, -infinity(dtype), infinity(dtype),
+        )  # fmt: skip
     mend(room, mended)
 
 
@@ -89,10 +93,10 @@ def multiply_panel(
     Assumes: between `begin_tiles` and `end_tiles`.
     """
     itemsize, steps, tiles = size_of(dtype), ceil_div(depth, STEP), ceil_div(rows, SIDE)
-    row, half, step = CACHE_LINE, HALF_ROWS * CACHE_LINE, TERMS * STEP_BYTES
+    row, half, step = CACHE_LINE, ROWS * CACHE_LINE, TERMS * STEP_BYTES
     if terms(dtype) == 1:
-        row, half, step = a_row * itemsize, HALF_ROWS * a_row * itemsize, CACHE_LINE
-    products = 6 if terms(dtype) > 1 else 1
+        row, half, step = a_row * itemsize, ROWS * a_row * itemsize, CACHE_LINE
+    products = _PRODUCTS if terms(dtype) > 1 else 1
     parts = ceil_div(PARTS_A_STEP, max(1, tiles) * products)
     for m in range(0, rows, SIDE):
         count, at = min(SIDE, rows - m), m * y_row * itemsize
@@ -100,7 +104,7 @@ def multiply_panel(
         if count < SIDE and tail != 0:
             tile = tail
         amx_tile(
-            dtype, ceil_div(count, HALF_ROWS), depth, tile, row, half, step, panel, room,
+            dtype, ceil_div(count, ROWS), depth, tile, row, half, step, panel, room,
             source, source_row, source_columns, m // SIDE * steps * products * parts, parts, next_panel,
             y + at, y_row * itemsize, 0 if past_caches != 0 else count,
         )  # fmt: skip
@@ -114,8 +118,7 @@ def multiply_panel(
 
 @kernel
 def depth_parts(dtype, depth):
-    """Into how many parts the depth is cut, so that a block in terms and panels for it stay in L2: by the depth alone,
-    since that decides on the order of a sum."""
+    """Into how many parts the depth is cut: by it alone, since that decides on the order of a sum."""
     return ceil_div(depth, MOST_DEPTH) if terms(dtype) > 1 else 1
 
 

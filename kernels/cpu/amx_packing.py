@@ -45,7 +45,10 @@ class _Split:
         self.wide = Vectors(builder, types.NumberClass(types.float32), 64, True)
 
     def terms(self, value) -> list:
-        """The bits of the three bfloat16, each in the upper half of a lane. Infinity is the largest, then itself."""
+        """The bits of the three bfloat16, each in the upper half of a lane. Infinity is the largest, then itself.
+
+        Of the last one the lower half is not clear where there was a NaN, or less than 2^-126 left.
+        """
         builder, found = self.builder, []
         most, least = (ir.Constant(self.wide.type, [sign * _LARGEST] * _WIDTH) for sign in (1, -1))
         nearest = self.wide.clamp(value, least, most)
@@ -58,7 +61,8 @@ class _Split:
     def pairs(self, first, second) -> list:
         """The pairs of two vectors, for each term."""
         both = zip(self.terms(first), self.terms(second), strict=True)
-        return [self.builder.or_(self.builder.lshr(one, _every(16)), other) for one, other in both]
+        builder, upper = self.builder, _every(-0x10000)
+        return [builder.or_(builder.lshr(one, _every(16)), builder.and_(other, upper)) for one, other in both]
 
     def store(self, pairs, address) -> None:
         self.builder.store(pairs, self.builder.inttoptr(address, _PAIRS.as_pointer()), align=CACHE_LINE)
@@ -216,9 +220,9 @@ def join_pairs(typing_context, source, first, second):
         first = [builder.bitcast(builder.shl(each, _every(16)), split.wide.type) for each in words]
         second = [builder.bitcast(builder.and_(each, _every(-0x10000)), split.wide.type) for each in words]
         for (high, middle, low), target in zip((first, second), targets, strict=True):
-            larger = builder.fadd(high, middle)
             infinite = builder.fcmp_unordered("uno", low, low)  # infinity less infinity, of which nothing was left
-            split.wide.store(builder.select(infinite, larger, builder.fadd(larger, low)), split.wide.pointer(target))
+            less = builder.select(infinite, middle, builder.fadd(middle, low))  # with high, middle may be too large
+            split.wide.store(builder.fadd(high, less), split.wide.pointer(target))
         return context.get_dummy_value()
 
     return types.void(*[types.intp] * 3), with_amx(codegen)

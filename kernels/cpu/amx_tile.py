@@ -21,7 +21,7 @@ from .simd import CACHE_LINE, Vectors, arithmetic_type, emit_cases, index, vecto
 _LINE = 2 * CACHE_LINE  # bytes of a row of b: a pair for each of 32 columns; and of the sums
 _SUMS, _A, _B = (0, 1, 2, 3), (4, 5), (6, 7)  # registers
 # Which terms are multiplied, one of the two staying where it is: the largest products in the middle.
-_PRODUCTS = {1: ((0, 0),), 3: ((2, 0), (0, 0), (1, 0), (1, 1), (0, 1), (0, 2))}
+PRODUCTS = {1: ((0, 0),), 3: ((2, 0), (0, 0), (1, 0), (1, 1), (0, 1), (0, 2))}
 
 
 @intrinsic
@@ -62,7 +62,7 @@ def _emit_tile(
     all_parts = builder.mul(steps, index(PARTS_A_STEP))
     all_parts = builder.select(builder.icmp_signed("==", source, index(0)), index(0), all_parts)
     next_part, next_row = (cgutils.alloca_once_value(builder, value) for value in (first_part, index(0)))
-    turns = builder.mul(steps, index(len(_PRODUCTS[count])))
+    turns = builder.mul(steps, index(len(PRODUCTS[count])))
     rows_a_turn = builder.udiv(builder.add(rows, turns), builder.add(turns, index(1)))  # rounded up; there may be none
     for number in _SUMS[: 2 * halves]:
         emit_call(builder, "tilezero", number)
@@ -102,7 +102,7 @@ def _emit_tile(
             each_of(next_part, all_parts, parts, pack)
             each_of(next_row, rows, rows_a_turn, ask)
 
-        _emit_step(_PRODUCTS[count], halves, load_a, load_b, multiply, between)
+        _emit_step(PRODUCTS[count], halves, load_a, load_b, multiply, between)
     for number in _SUMS[: 2 * halves]:
         place = builder.add(sums, index(number // 2 * ROWS * _LINE + number % 2 * CACHE_LINE))
         emit_call(builder, "tilestored64", number, pointer(builder, place), index(_LINE))

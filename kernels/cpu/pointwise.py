@@ -15,8 +15,7 @@ from __future__ import annotations
 import numpy as np
 
 from . import amx_gemm
-from .amx import terms
-from .amx_gemm import HALF_ROWS
+from .amx import ROWS, terms
 from .depthwise_tiles import correlate_tile
 from .gemm import (
     TILE_ROWS,
@@ -70,7 +69,7 @@ def _copied(dtype, depth):
 def _reads_further(dtype, rows):
     """Whether the tile for so many rows reads more, which may not be there."""
     if terms(dtype) > 0:
-        return terms(dtype) == 1 and rows % HALF_ROWS != 0
+        return terms(dtype) == 1 and rows % ROWS != 0
     return tile_height(rows) > rows
 
 
