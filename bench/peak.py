@@ -1,8 +1,9 @@
 """The machine's fused multiply-add peak: the arithmetic rate that no kernel can pass.
 
-For bfloat16 that of its dot product, two multiply-adds in one, where the CPU has that; else float32's, as which it is
-computed there. Run as a program, in a process of its own: `python peak.py THREADS DTYPE` prints one JSON object,
-{"lanes": ..., "gflops": {"1": ..., "THREADS": ...}}.
+For bfloat16 that of AMX's products, or of its dot product, two multiply-adds in one, where the CPU has those; else
+float32's, as which it is computed there. AMX may pass float32's, which is that of multiply-adds: it multiplies float32
+in three terms of bfloat16 each. Run as a program, in a process of its own: `python peak.py THREADS DTYPE` prints one
+JSON object, {"lanes": ..., "gflops": {"1": ..., "THREADS": ...}}.
 """
 
 from __future__ import annotations
@@ -20,8 +21,13 @@ from numba.core import cgutils
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
+from fastsepconv.kernels.cpu import amx
+from fastsepconv.kernels.cpu.amx import emit_call
+
 STEPS = 1 << 21  # some milliseconds
 BUFFER_VECTORS = 32  # 2 KB: sits in L1
+TILE_STEPS = 1 << 17
+TILES = 4  # of 1 KB each: as many as are loaded for as many products
 
 
 def _target_features() -> str:
@@ -94,28 +100,72 @@ def _fma_loop(lanes: int, chains: int, pairs: bool = False):
     return loop
 
 
+def multiplies_tiles(dtype: str) -> bool:
+    """Whether AMX does."""
+    return dtype == "bfloat16" and amx.terms_of(types.NumberClass(types.uint16)) > 0
+
+
+@intrinsic
+def _tile_loop(typing, address, steps):
+    """sums[i][j] += a[i] . b[j] for the two a and the two b at the address, all of them tiles, loaded at each step.
+
+    Returns the first of all sums. The room of the tiles is written over.
+    """
+
+    def codegen(context, builder, signature, arguments):
+        address, steps = arguments
+        stride = ir.Constant(ir.IntType(64), 64)
+        places = [builder.add(address, ir.Constant(ir.IntType(64), 1024 * tile)) for tile in range(TILES)]
+        for number in range(TILES):
+            emit_call(builder, "tilezero", number)
+        with cgutils.for_range(builder, steps):
+            for number, place in enumerate(places):
+                emit_call(builder, "tileloadd64", TILES + number, amx.pointer(builder, place), stride)
+            for number in range(TILES):
+                emit_call(builder, "tdpbf16ps", number, TILES + number // 2, TILES + 2 + number % 2)
+        emit_call(builder, "tilestored64", 0, amx.pointer(builder, address), stride)
+        return builder.load(builder.inttoptr(address, ir.FloatType().as_pointer()))
+
+    return types.float32(types.intp, types.intp), codegen
+
+
+@numba.njit
+def run_tiles(address, steps):
+    """That loop, with the registers set up for it."""
+    amx.begin_tiles(np.uint16)
+    first = _tile_loop(address, steps)
+    amx.end_tiles(np.uint16)
+    return first
+
+
 def measure(threads: int, dtype: str = "float32", series: int = 5, repeats: int = 20) -> float:
     """GFLOP/s of `threads` threads, each on its own chains: the highest of some medians, lest a busy moment count."""
     lanes, chains = vector_shape()
-    pairs = multiplies_pairs(dtype)
-    loop = _fma_loop(lanes, chains, pairs)
+    pairs, tiles = multiplies_pairs(dtype), multiplies_tiles(dtype)
+    loop, steps = _fma_loop(lanes, chains, pairs), STEPS
+    operations = 2.0 * (1 + pairs) * lanes * chains
+    if tiles:
+        loop, steps, operations = run_tiles, TILE_STEPS, 2.0 * TILES * 16 * 16 * 32
 
     @numba.njit(parallel=True)
-    def run(address, steps, sums):
+    def run(addresses, steps, sums):
         for thread in numba.prange(sums.size):
-            sums[thread] = loop(address, steps)
+            sums[thread] = loop(addresses[thread], steps)
 
     numba.set_num_threads(threads)
-    buffer, sums = np.ones(BUFFER_VECTORS * lanes, np.float32), np.zeros(threads, np.float32)
-    run(buffer.ctypes.data, 2, sums)
+    # Numbers of all kinds: with zeros AMX is a third faster, since it takes less power.
+    buffers = np.random.default_rng(0).standard_normal((threads, 1024 * TILES // 4 + 16)).astype(np.float32)
+    buffers.view(np.uint16)[:, ::2] = buffers.view(np.uint16)[:, 1::2]  # of bfloat16 as well
+    addresses, sums = buffers.ctypes.data + np.arange(threads) * buffers.strides[0], np.zeros(threads, np.float32)
+    run(addresses, 2, sums)
 
     def timed() -> float:
         start = time.perf_counter()
-        run(buffer.ctypes.data, STEPS, sums)
+        run(addresses, steps, sums)
         return time.perf_counter() - start
 
     seconds = min(median(timed() for _ in range(repeats)) for _ in range(series))
-    return 2.0 * (1 + pairs) * threads * STEPS * lanes * chains / seconds / 1e9
+    return operations * threads * steps / seconds / 1e9
 
 
 if __name__ == "__main__":

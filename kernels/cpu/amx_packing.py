@@ -174,12 +174,12 @@ def split_panel(typing_context, dtype, depth, columns, source, row_bytes, target
     """A panel of b, packed at once."""
 
     def codegen(context, builder, signature, arguments):
-        _, depth, *rest, target = arguments
+        _, depth, columns, source, row_bytes, target = arguments
         emit = vectors_of(builder, signature)
         steps = builder.sdiv(builder.add(depth, index(STEP - 1)), index(STEP))
         if terms_of(signature.args[0]):
             with cgutils.for_range(builder, builder.mul(steps, index(PARTS_A_STEP))) as part:
-                emit_panel_part(emit, depth, *rest, part.index, target)
+                emit_panel_part(emit, depth, columns, source, row_bytes, part.index, target)
         return context.get_dummy_value()
 
     return types.void(dtype, *[types.intp] * 5), codegen

@@ -58,6 +58,16 @@ def test_the_loop_is_one_instruction_a_chain_and_spills_nothing(pairs):
     assert not any("(%rsp)" in line for line in fused)
 
 
+@pytest.mark.skipif(not peak.multiplies_tiles("bfloat16"), reason="the CPU has no AMX, or the system keeps it back")
+@pytest.mark.parametrize("steps", [1, 1000])
+def test_every_step_multiplies_the_tiles(steps):
+    tiles = np.full(1024 * peak.TILES // 2, 0x3F00, np.uint16)  # 0.5
+    assert peak.run_tiles(tiles.ctypes.data, steps) == steps * 32 * 0.25
+    (assembly,) = peak.run_tiles.inspect_asm().values()
+    sums = re.findall(r"\ttdpbf16ps\t.*tmm(\d)\n", assembly)
+    assert sums and sums == ["0", "1", "2", "3"] * (len(sums) // 4), "more than once where the loop is unrolled"
+
+
 def test_the_vectors_are_those_of_the_target():
     code = "from fastsepconv.bench import peak; print(*peak.vector_shape())"
     command = [sys.executable, "-c", code]
