@@ -54,12 +54,15 @@ bench: ## set up, then race against TensorFlow and the other runtimes
 
 # One report a table: the races of one machine, but for those of another dtype.
 races = $(filter-out %bfloat16-$(1)-2cores.json,$(sort $(wildcard bench/results/*-$(1)-*.json)))
-report: ## set up, then make the README's tables and pictures of races on CPUs anew, from bench/results
+OTHERS = --readme bench/results/README.md
+report: ## set up, then make the tables and pictures of races on CPUs anew, from bench/results
 	$(setup) tensorflow,demo
-	$(REPORT) $(call races,emeraldrapids) --readme README.md --figures bench/results
-	$(REPORT) $(call races,zen4) --readme README.md --marker bench-zen4 --figures bench/results/zen4
-	$(REPORT) bench/results/xception-bfloat16-zen4-2cores.json --readme README.md --marker bench-bfloat16 --figures bench/results
-	$(REPORT) $(call races,zen3) --readme README.md --marker bench-avx2 --figures bench/results/zen3
+	$(REPORT) $(call races,graniterapids) --readme README.md --figures bench/results
+	$(REPORT) bench/results/xception-bfloat16-graniterapids-2cores.json --readme README.md --marker bench-bfloat16 --figures bench/results
+	$(REPORT) $(call races,emeraldrapids) --readme README.md --marker bench-avx512 --figures bench/results/emeraldrapids
+	$(REPORT) $(call races,zen4) $(OTHERS) --marker bench-zen4 --figures bench/results/zen4
+	$(REPORT) bench/results/xception-bfloat16-zen4-2cores.json $(OTHERS) --marker bench-zen4-bfloat16 --figures bench/results/zen4
+	$(REPORT) $(call races,zen3) $(OTHERS) --marker bench-zen3 --figures bench/results/zen3
 
 lint: ## set up, then check style and types
 	$(setup) tensorflow,demo lint

@@ -22,10 +22,14 @@ STEP_BYTES = 2048  # of either side of a product, for each of its terms
 _BYTE = ir.IntType(8)
 
 
+_TERMS = {types.float32: 3, types.uint16: 1} if CHOSEN.matrices else {}
+MULTIPLIED = frozenset(_TERMS)
+OTHERS = frozenset({types.float32, types.float64, types.uint16}) - MULTIPLIED
+
+
 def terms_of(dtype: types.NumberClass) -> int:
     """How many bfloat16 stand for an element; 0 where AMX is not used for it."""
-    kinds = {types.float32: 3, types.uint16: 1}
-    return kinds.get(dtype.instance_type, 0) if CHOSEN.matrices else 0
+    return _TERMS.get(dtype.instance_type, 0)
 
 
 def emit_call(builder, name: str, *arguments) -> None:

@@ -7,7 +7,9 @@ terms alone: `gemm_tile` computes it anew.
 
 from __future__ import annotations
 
-from .amx import ROWS, SIDE, STEP, STEP_BYTES, begin_tiles, end_tiles, terms
+from numba import types
+
+from .amx import OTHERS, ROWS, SIDE, STEP, STEP_BYTES, begin_tiles, end_tiles, terms
 from .amx_packing import PARTS_A_STEP, TERMS, join_pairs, split_bytes, split_columns, split_panel, split_rows
 from .amx_tile import PRODUCTS, amx_tile, finish_tile, is_finite, mend
 from .gemm_tile import GEMM_ROWS, gemm_tile
@@ -59,7 +61,7 @@ def _join_panel(depth, panel, joined):
             join_pairs(source, target, target + ROWS * _ROW_BYTES)
 
 
-@compiled_once
+@compiled_once(but_for=OTHERS | {types.uint16})
 def _compute_anew(dtype, depth, tile, panel, room):
     """The sums of a tile that are not finite, by fused multiply-adds of the float32 that the terms stand for.
 
@@ -81,7 +83,7 @@ def _compute_anew(dtype, depth, tile, panel, room):
     mend(room, mended)
 
 
-@compiled_once
+@compiled_once(but_for=OTHERS)
 def multiply_panel(
     dtype, rows, depth, columns, a, a_row, tail, panel, source, source_row, source_columns, next_panel,
     start, start_row, residual_offset, y, y_row, past_caches, low, high, room,

@@ -11,7 +11,7 @@ for while the registers are busy with the present one. A few rows alone are anot
 from __future__ import annotations
 
 from . import amx_gemm
-from .amx import SIDE, terms
+from .amx import MULTIPLIED, SIDE, terms
 from .amx_gemm import MOST_DEPTH
 from .amx_packing import split_bytes
 from .gemm_tile import ASK_STEP, ASKS_A_STRETCH, EARLY, GEMM_ROWS, STRETCH, gemm_columns, gemm_tile
@@ -224,7 +224,7 @@ def _asks(products):
     return products // STRETCH * ASKS_A_STRETCH
 
 
-@compiled_once
+@compiled_once(but_for=MULTIPLIED)
 def _multiply_panel(
     dtype, rows, depth, filters, columns, a, a_row, tail, b, b_step, panel, next_b, next_step, ahead, ahead_step,
     start, start_row, residual_offset, y, past_caches, low, high,

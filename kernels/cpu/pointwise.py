@@ -15,7 +15,7 @@ from __future__ import annotations
 import numpy as np
 
 from . import amx_gemm
-from .amx import ROWS, terms
+from .amx import MULTIPLIED, ROWS, terms
 from .depthwise_tiles import correlate_tile
 from .gemm import (
     TILE_ROWS,
@@ -161,7 +161,7 @@ def forward(dtype, rows, depth, filters, x, kernel, bias, y, low, high, threads)
     require(multiply(dtype, rows, depth, filters, x, kernel, filters, 1, 0, bias, 0, y, low, high, threads))
 
 
-@compiled_once
+@compiled_once(but_for=MULTIPLIED)
 def _gradient_panel(
     dtype, rows, tiles, depth, columns, strips, dy, dy_row, panel, d_kernel, fresh, next_dy, next_lines,
     ahead, ahead_step, ahead_lines,

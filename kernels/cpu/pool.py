@@ -16,9 +16,10 @@ code calls it.
 from __future__ import annotations
 
 import ctypes
+import functools
 import inspect
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from types import ModuleType
 
 import llvmlite.binding as llvm
@@ -43,6 +44,7 @@ _DTYPES = {types.float32: np.float32, types.float64: np.float64, types.uint16: B
 # By name: the cell, what fills it, the function, the dtype.
 _functions: dict[bytes, tuple[ctypes.Array, Callback, Callable, types.Float]] = {}
 _called_by_address: dict[_Intrinsic, Callable] = {}
+_never_called_with: dict[Callable, Container[types.Type]] = {}
 
 
 def parallel_kernel(function: Callable) -> Callable:
@@ -72,11 +74,15 @@ def parallel_kernel(function: Callable) -> Callable:
     return run
 
 
-def compiled_once(function: Callable) -> Callable:
+def compiled_once(function: Callable | None = None, *, but_for: Container[types.Type] = ()) -> Callable:
     """Compile `function(dtype, ...)`, which returns nothing and is called by shares, once for a dtype.
 
-    Parameters are as in `parallel_kernel`. A share that names it, or calls a kernel that does, finds it compiled.
+    Parameters are as in `parallel_kernel`. A share that names it, or calls a kernel that does, finds it compiled: but
+    for dtypes with which it is never called, which saves their first call a second.
     """
+    if function is None:
+        return functools.partial(compiled_once, but_for=but_for)
+    _never_called_with[function] = but_for
     names = _parameters(function, 1)
     for scalar in _DTYPES:
         _register(function, scalar, _parameter_types(names, scalar))
@@ -142,7 +148,8 @@ def _compile(name: bytes) -> None:
     cell, callback, function, scalar = _functions[name]
     if cell[0] == 0:
         for called in _calls_by_address(function):
-            _compile(_name(called, scalar).encode())
+            if scalar not in _never_called_with[called]:
+                _compile(_name(called, scalar).encode())
         cell[0] = callback.address
 
 
