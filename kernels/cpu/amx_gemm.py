@@ -121,13 +121,13 @@ def multiply_panel(
 @kernel
 def depth_parts(dtype, depth):
     """Into how many parts the depth is cut: by it alone, since that decides on the order of a sum."""
-    return ceil_div(depth, MOST_DEPTH) if terms(dtype) > 1 else 1
+    return max(1, ceil_div(depth, MOST_DEPTH)) if terms(dtype) > 1 else 1
 
 
 @kernel
 def _most_depth(dtype, depth):
     """The most of the depth that one of the parts has: whole steps."""
-    return ceil_div(ceil_div(depth, STEP), depth_parts(dtype, depth)) * STEP
+    return max(1, ceil_div(ceil_div(depth, STEP), depth_parts(dtype, depth))) * STEP
 
 
 @kernel
