@@ -22,6 +22,7 @@ STEP_BYTES = 2048  # of either side of a product, for each of its terms
 _BYTE = ir.IntType(8)
 
 
+MATRICES = CHOSEN.matrices  # Numba leaves out, before it compiles, what stands behind `if` and a constant that is false
 _TERMS = {types.float32: 3, types.uint16: 1} if CHOSEN.matrices else {}
 MULTIPLIED = frozenset(_TERMS)
 OTHERS = frozenset({types.float32, types.float64, types.uint16}) - MULTIPLIED

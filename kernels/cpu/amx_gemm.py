@@ -151,11 +151,11 @@ def multiply_in_tiles(
     whole, length = panel_length(dtype, depth) * itemsize, panel_length(dtype, most) * itemsize
     own = workspace + room_bytes(dtype, most)
     split, begin, begin_row = own + 2 * length, start, 0
-    offset, least, greatest = 0, -infinity(dtype), infinity(dtype)
+    offset, streamed, least, greatest = 0, 0, -infinity(dtype), infinity(dtype)
     for k in range(0, max(1, depth), most):
         part = min(most, depth - k)
         if k + part >= depth:
-            offset, least, greatest = residual_offset, low, high
+            offset, streamed, least, greatest = residual_offset, past_caches, low, high
         if terms(dtype) > 1:
             split_block(rows, part, a + k * itemsize, a_row * itemsize, split)
             a_part, tail_part = split, 0
@@ -165,7 +165,7 @@ def multiply_in_tiles(
         multiply_part(
             dtype, rows, part, filters, f_first, f_last, a_part, a_row, tail_part, source, row_stride,
             panels + panel_length(dtype, k) * itemsize, whole, own, begin, begin_row, offset, y, filters,
-            past_caches, workspace, least, greatest,
+            streamed, workspace, least, greatest,
         )  # fmt: skip
         begin, begin_row = y, filters
 

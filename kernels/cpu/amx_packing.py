@@ -219,8 +219,12 @@ def join_pairs(typing_context, source, first, second):
         words = [builder.load(builder.inttoptr(at, _PAIRS.as_pointer()), align=CACHE_LINE) for at in places]
         first = [builder.bitcast(builder.shl(each, _every(16)), split.wide.type) for each in words]
         second = [builder.bitcast(builder.and_(each, _every(-0x10000)), split.wide.type) for each in words]
+        kind = split.wide.type
+        infinity = ir.Constant(kind, [float("inf")] * _WIDTH)
+        magnitude = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind]), "llvm.fabs.v16f32")
         for (high, middle, low), target in zip((first, second), targets, strict=True):
-            infinite = builder.fcmp_unordered("uno", low, low)  # infinity less infinity, of which nothing was left
+            # The lowest is NaN then: infinity less infinity. It is of any other NaN too, whose higher ones may be zero.
+            infinite = builder.fcmp_ordered("==", builder.call(magnitude, [middle]), infinity)
             less = builder.select(infinite, middle, builder.fadd(middle, low))  # with high, middle may be too large
             split.wide.store(builder.fadd(high, less), split.wide.pointer(target))
         return context.get_dummy_value()

@@ -5,13 +5,14 @@
 The blocking is that of Goto and van de Geijn (Anatomy of High-Performance Matrix Multiplication, 2008) with one level
 less, since the whole depth is summed in registers: a block of a stays in L2; panels of the kernel stream
 past it, each read by every tile of rows of the block. What is needed next (the next panel, the next block) is asked
-for while the registers are busy with the present one. A few rows alone are another matter: see `_multiply_slabs`.
+for while the registers are busy with the present one. A few rows alone are another matter: see `_multiply_slabs`; and
+so is what AMX multiplies: see `amx_gemm`.
 """
 
 from __future__ import annotations
 
 from . import amx_gemm
-from .amx import MULTIPLIED, SIDE, terms
+from .amx import MATRICES, MULTIPLIED, SIDE, terms
 from .amx_gemm import MOST_DEPTH
 from .amx_packing import split_bytes
 from .gemm_tile import ASK_STEP, ASKS_A_STRETCH, EARLY, GEMM_ROWS, STRETCH, gemm_columns, gemm_tile
@@ -120,13 +121,13 @@ def block_range(dtype, first, last, blocks, number):
 
 
 @kernel
-def shares(dtype, rows, threads, packed):
+def shares(rows, threads, packed):
     """Into how many shares a product is cut for `threads` threads: several each, if the kernel is `packed` beforehand.
 
     A thread that something else holds up, or that wakes late, then leaves some of its shares to the others: 2 to 3 % of
     a layer in TensorFlow, whose threads take the CPU now and then. Otherwise each share would pack the kernel anew.
     """
-    tiles = rows // threads // TILE_ROWS
+    tiles = ceil_div(rows, TILE_ROWS) // threads
     return threads * min(max(1, tiles // LEAST_TILES), SHARES_A_THREAD) if threads > 1 and packed else threads
 
 
@@ -313,7 +314,7 @@ def multiply_block(
     Assumes: a is readable up to a whole tile past its last row, or its last, smaller tile is at `tail` as well;
     `thin` is what `is_thin` says of the whole product, of which the rows may be a part.
     """
-    if terms(dtype) > 0:
+    if MATRICES and terms(dtype) > 0:
         amx_gemm.multiply_in_tiles(
             dtype, rows, depth, filters, f_first, f_last, a, a_row, tail, kernel, row_stride, panels, start,
             residual_offset, y, past_caches, own, low, high,

@@ -1,9 +1,10 @@
-"""A pointwise kernel, or a block of dy, copied into the panels that `gemm_tile` reads.
+"""A pointwise kernel, or a block of dy, copied into the panels that `gemm_tile` reads, or `amx_tile`.
 
     panel[k*width + j] = source[k*row_stride + j*column_stride]      for j < columns, 0 for the others up to `width`
 
 One of the strides is 1: rows are copied as they lie, columns are transposed in registers a square at a time. Of
-bfloat16 a panel holds two rows in one, a column's elements k and k + 1 side by side; 0 stands for one past the last.
+bfloat16 a panel holds two rows in one, a column's elements k and k + 1 side by side; 0 stands for those past the last.
+Panels of what AMX multiplies as float32 are those of `amx_packing`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from .amx import STEP, terms
+from .amx import MATRICES, STEP, terms
 from .amx_packing import split_bytes, split_panel, split_transposed_panel
 from .gemm_tile import EARLY, GEMM_ROWS, gemm_columns
 from .jit import kernel
@@ -161,7 +162,7 @@ def panel_length(dtype, depth):
 @kernel
 def pack_panel(dtype, depth, columns, source, row_stride, column_stride, panel):
     """Fills one panel. Assumes: one of the strides is 1, of bfloat16 that of columns."""
-    if terms(dtype) > 1:
+    if MATRICES and terms(dtype) > 1:
         if column_stride == 1:
             split_panel(dtype, depth, columns, source, row_stride * size_of(dtype), panel)
         else:

@@ -7,7 +7,7 @@
 
 x `[rows,depth]`, kernel `[depth,filters]`, dy, y, residual `[rows,filters]`: addresses of C-contiguous float32 or
 float64 arrays, forward also bfloat16 ones, which are summed in float32. The blocking is that of Goto and van de Geijn
-(Anatomy of High-Performance Matrix Multiplication, 2008), with one level less: the whole depth is summed in registers.
+(Anatomy of High-Performance Matrix Multiplication, 2008), with one level less: see `gemm`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import numpy as np
 
 from . import amx_gemm
-from .amx import MULTIPLIED, ROWS, terms
+from .amx import MATRICES, MULTIPLIED, ROWS, terms
 from .depthwise_tiles import correlate_tile
 from .gemm import (
     TILE_ROWS,
@@ -56,6 +56,8 @@ BIAS_GROUPS = 16  # partial sums of d_bias: a constant, so that the result does 
 @kernel
 def rows_length(dtype, depth, rows):
     """Elements of scratch memory that `multiply_rows` wants for so many rows, whole tiles, at once."""
+    if terms(dtype) > 1:  # they are split, not copied
+        return 0
     return (rows if _copied(dtype, depth) else tile_rows(dtype)) * padded_row(dtype, depth)
 
 
@@ -145,7 +147,7 @@ def multiply(
     if packed == 0:
         return False
     panels = shared_panels(dtype, rows, depth, filters, kernel, row_stride, column_stride, kept, packed, threads)
-    parts = shares(dtype, rows, threads, panels != 0)
+    parts = shares(rows, threads, panels != 0)
     _multiply(
         dtype, parts, rows, depth, filters, x, kernel, row_stride, column_stride, panels, start,
         residual - y if residual != 0 else 0, y, low, high, address(lacking),
@@ -228,7 +230,7 @@ def _strips(dtype, room):
 def pack_strips(dtype, rows, first, depth, x, x_row, room):
     """Columns first..first + depth of x, from address x on, for `add_strips`. Assumes: `first` begins a strip."""
     itemsize = size_of(dtype)
-    if terms(dtype) > 1:
+    if MATRICES and terms(dtype) > 1:
         amx_gemm.pack_tiles(dtype, rows, MOST_BLOCK_ROWS, first, depth, x, x_row, room)
         return
     strips = _strips(dtype, room)
@@ -245,7 +247,7 @@ def add_strips(dtype, rows, depth, filters, dy, dy_row, d_kernel, fresh, ahead, 
     last, that of the rows behind.
     Assumes: x is packed in `room`; rows <= MOST_BLOCK_ROWS; rows of dy and of d_kernel `dy_row` apart.
     """
-    if terms(dtype) > 1:
+    if MATRICES and terms(dtype) > 1:
         amx_gemm.add_tiles(dtype, rows, MOST_BLOCK_ROWS, depth, filters, dy, dy_row, d_kernel, fresh, room)
         return
     itemsize, width = size_of(dtype), gemm_columns(dtype)

@@ -84,7 +84,7 @@ def _forward_single(dtype, g, filters, x, x_low, depthwise, pointwise, kept, bia
     if packed == 0:
         return False
     panels = gemm.shared_panels(dtype, pixels, depth, filters, pointwise, filters, 1, kept, packed, threads)
-    shares = gemm.shares(dtype, pixels, threads, panels != 0)
+    shares = gemm.shares(pixels, threads, panels != 0)
     _forward(
         dtype, shares, g, filters, x, x_low, depthwise, pointwise, panels, start, residual_offset, y, low, high,
         address(lacking),

@@ -194,15 +194,15 @@ class BFloat16Vectors(Vectors):
 
     def load(self, pointer, mask=None):
         """One vector; lanes that are off read nothing and hold zero."""
-        return self.upper_halves(self._load_words(pointer, mask))
+        return self._upper_halves(self._load_words(pointer, mask))
 
     def store(self, value, pointer, mask=None):
         """One vector, rounded to the nearest; lanes that are off write nothing."""
-        super().store(self.rounded(value), pointer, mask)
+        super().store(self._rounded(value), pointer, mask)
 
     def stream(self, value, pointer):
         """The same, written past the caches. Assumes: the pointer is a multiple of the vector's size in memory."""
-        super().stream(self.rounded(value), pointer)
+        super().stream(self._rounded(value), pointer)
 
     def broadcast_factors(self, pointer):
         """Two elements that lie side by side, loaded into every lane."""
@@ -231,7 +231,7 @@ class BFloat16Vectors(Vectors):
         if MULTIPLIES_BFLOAT16:
             pairs = [builder.bitcast(side, ir.VectorType(_BFloat16(), 2 * self.lanes)) for side in (a, b)]
             return self._call(f"llvm.x86.avx512bf16.dpbf16ps.{32 * self.lanes}", self.type, [totals, *pairs])
-        lower = self.multiply_add(self.upper_halves(a), self.upper_halves(b), totals)
+        lower = self.multiply_add(self._upper_halves(a), self._upper_halves(b), totals)
         a, b = (builder.bitcast(builder.and_(side, self._every_lane(0xFFFF0000)), self.type) for side in (a, b))
         return self.multiply_add(a, b, lower)
 
@@ -239,11 +239,11 @@ class BFloat16Vectors(Vectors):
         """The bits of one vector, each in the lower half of a lane."""
         return self.builder.zext(super().load(pointer, mask), self._words)
 
-    def upper_halves(self, words):
+    def _upper_halves(self, words):
         """The float32 whose upper halves are the lower ones of words."""
         return self.builder.bitcast(self.builder.shl(words, self._every_lane(16)), self.type)
 
-    def rounded(self, value):
+    def _rounded(self, value):
         """The bits of float32 rounded to bfloat16: to the nearest, of two to the even one."""
         builder = self.builder
         if MULTIPLIES_BFLOAT16:

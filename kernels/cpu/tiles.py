@@ -127,13 +127,13 @@ def _choose() -> Tile:
             "Invalid value for environment variable `FASTSEPCONV_TILE`. "
             f"Expected one of {', '.join(by_name)}. Received: FASTSEPCONV_TILE={wanted}"
         )
-    usable = list(filter(_is_usable, TILES))
     if not wanted:
-        return usable[0]
-    if by_name[wanted] not in usable:
+        return next(filter(_is_usable, TILES))
+    if not _is_usable(by_name[wanted]):  # no other is asked for: AMX would be requested, which the process keeps
+        usable = ", ".join(tile.name for tile in filter(_is_usable, TILES))
         raise ValueError(
             "Invalid value for environment variable `FASTSEPCONV_TILE`. "
-            f"Expected a tile that {target()[0]} can run: {', '.join(tile.name for tile in usable)}. "
+            f"Expected a tile that {target()[0]} can run: {usable}. "
             f"Received: FASTSEPCONV_TILE={wanted}"
         )
     return by_name[wanted]

@@ -149,7 +149,7 @@ def _forward_paths(
         return _amx_paths(dtype, rows, depth, filters, row_stride, column_stride, workers, kept)
     width = TILE.vectors * _lanes(dtype)
     packed = kept or bool(gemm._shares_panels(dtype, rows, depth, row_stride, column_stride, workers))
-    shares = gemm.shares(dtype, rows, workers, packed)
+    shares = gemm.shares(rows, workers, packed)
     row_parts = gemm._row_parts(dtype, rows, shares)
     first, last, _, _ = gemm.work(dtype, rows, filters, 0, shares)
     left_over, found = (last - first) % gemm.TILE_ROWS, set()
@@ -187,14 +187,14 @@ def _amx_paths(
 ) -> set[str]:
     """The same in AMX's registers."""
     packed = kept or bool(gemm._shares_panels(dtype, rows, depth, row_stride, column_stride, workers))
-    shares = gemm.shares(dtype, rows, workers, packed)
+    shares = gemm.shares(rows, workers, packed)
     row_parts = gemm._row_parts(dtype, rows, shares)
     first, last, _, _ = gemm.work(dtype, rows, filters, 0, shares)
     name, left_over = np.dtype(dtype).name, (last - first) % amx.SIDE
     found = {f"AMX {name}: panels {'shared' if packed else 'packed in passing'}"}
     found |= {"AMX: rows side by side for the depth"} if column_stride != 1 else set()
     found |= {"AMX: several parts of the depth"} if amx_gemm.depth_parts(dtype, depth) > 1 else set()
-    found |= {f"AMX {name}: half a step left over"} if depth % amx.STEP else set()
+    found |= {f"AMX {name}: step left over"} if depth % amx.STEP else set()
     found |= {f"AMX {name}: {'half a tile' if left_over <= amx.ROWS else 'a tile'} left over"} if left_over else set()
     found |= {f"AMX {name}: whole tile"} if rows >= amx.SIDE and filters >= amx.SIDE else set()
     found |= {f"AMX {name}: columns left over"} if filters % amx.SIDE else set()
@@ -292,7 +292,7 @@ _AMX_PRODUCTS = {
     for what in (
         "panels shared",
         "panels packed in passing",
-        "half a step left over",
+        "step left over",
         "half a tile left over",
         "a tile left over",
         "whole tile",
