@@ -102,7 +102,14 @@ class Case:
         """Whether TensorFlow's CPU kernels can run the stock layer, backward too (on images transposed to NHWC)."""
         if self.operation == "pointwise":
             return self.batch > 0
-        return self.layer_can and self.strides[0] == self.strides[1] and self.batch > 0
+        return self.layer_can and self.strides[0] == self.strides[1] and self.batch > 0 and not self._stock_errs
+
+    @property
+    def _stock_errs(self) -> bool:
+        """Whether they compute numbers that have nothing to do with it: those of bfloat16 do, with strides and a depth
+        multiplier, where the output is one pixel wide (oneDNN of TensorFlow 2.21, on a CPU with AMX)."""
+        wide = self.dtype != "bfloat16" or self.geometry.out_width > 1
+        return not wide and max(self.strides) > 1 and self.depth_multiplier > 1
 
     @property
     def by_arrays(self) -> bool:
