@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import ml_dtypes  # noqa: F401 (so that NumPy knows bfloat16)
 import numpy as np
 import pytest
 from numba import types
