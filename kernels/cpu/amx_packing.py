@@ -67,6 +67,12 @@ class _Split:
     def store(self, pairs, address) -> None:
         self.builder.store(pairs, self.builder.inttoptr(address, _PAIRS.as_pointer()), align=CACHE_LINE)
 
+    def store_transposed(self, rows: list, base, first: int, apart: int) -> None:
+        """The pairs of 16 rows as columns: of each term those of a row `first` bytes on, the next `apart` from it."""
+        for term, square in enumerate(zip(*rows, strict=True)):
+            for i, pairs in enumerate(transposed(self.builder, list(square))):
+                self.store(pairs, _place(self.builder, base, term, index(first + i * apart)))
+
     def load(self, address, left, allowed):
         """A vector of which `left` elements are there, and none unless `allowed`."""
         mask = self.wide.mask(self.builder.select(allowed, left, index(0)))
@@ -132,10 +138,7 @@ def split_columns(typing_context, rows, columns, source, row_bytes, target):
                 place = builder.add(line, index(half * _WIDTH * split.wide.itemsize))
                 inside = builder.sub(columns, index(half * _WIDTH))
                 found = [split.pairs_of_rows(place, row_bytes, left, inside, i) for i in range(_WIDTH)]
-                for term, square in enumerate(zip(*found, strict=True)):
-                    for i, pairs in enumerate(transposed(builder, list(square))):
-                        at = index(half * _WIDTH * CACHE_LINE + i * CACHE_LINE)
-                        split.store(pairs, _place(builder, base, term, at))
+                split.store_transposed(found, base, half * _WIDTH * CACHE_LINE, CACHE_LINE)
         return context.get_dummy_value()
 
     return types.void(*[types.intp] * 5), with_amx(codegen)
@@ -200,9 +203,7 @@ def split_transposed_panel(typing_context, depth, columns, source, column_bytes,
                     place = builder.add(line, builder.mul(column_bytes, index(j)))
                     inside = builder.icmp_signed("<", index(j), columns)
                     found.append(split.pairs_along_row(place, left, inside))
-                for term, square in enumerate(zip(*found, strict=True)):
-                    for i, pairs in enumerate(transposed(builder, list(square))):
-                        split.store(pairs, _place(builder, base, term, index(i * 2 * CACHE_LINE + half * CACHE_LINE)))
+                split.store_transposed(found, base, half * CACHE_LINE, 2 * CACHE_LINE)
         return context.get_dummy_value()
 
     return types.void(*[types.intp] * 5), with_amx(codegen)
