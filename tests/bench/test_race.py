@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import time
 from types import SimpleNamespace
 
 import pytest
 
-from fastsepconv.bench import race
+from fastsepconv.bench import instrument, race
 from fastsepconv.bench.problems import BACKWARD, FORWARD, Layer
 from fastsepconv.bench.providers import RACERS, Unsupported, reference, takes
 from fastsepconv.bench.race import Arena, Budget
@@ -41,11 +43,11 @@ CLASSES = {"reference": Right, "fastsepconv": Right, "tensorflow": Wrong, "torch
 class InThisProcess:
     """A contestant without a process of its own, whose provider is one of the classes above."""
 
-    def __init__(self, label, threads):
+    def __init__(self, label, threads, stops=True):
         self.label, self.cpu_seconds = label, 0.0
         self.worker = Worker.__new__(Worker)
         self.worker.provider = CLASSES[label.split("#")[0]](threads)
-        self.worker.import_seconds, self.worker.turn, self.worker.steps = 0.0, iter(range(1000)), []
+        self.worker.import_seconds, self.worker.turn, self.worker.steps = 0.0, itertools.count(), []
 
     def ask(self, do, **arguments):
         orders.append((self.label, do))
@@ -63,6 +65,7 @@ def in_this_process(monkeypatch):
     orders.clear()
     monkeypatch.setattr(race, "Contestant", InThisProcess)
     monkeypatch.setattr(race, "_OthersClock", lambda contestants: SimpleNamespace(share=lambda: 0.0))
+    monkeypatch.setattr(instrument, "PROBLEMS", [LAYER])
 
 
 def test_a_wrong_provider_is_refused_and_not_timed(in_this_process):
@@ -93,6 +96,38 @@ def test_a_disturbed_race_is_run_once_more_and_marked(in_this_process, monkeypat
         (result,) = arena.race(LAYER)
     assert [do for _, do in orders].count("block") == 4
     assert len(result.rounds) == 2 and arena.disturbance == 0.5
+
+
+class Spinning(InThisProcess):
+    """One that uses the processor while it waits, as an OpenMP thread does that spins."""
+
+    @property
+    def cpu_seconds(self):
+        return time.monotonic()
+
+    @cpu_seconds.setter
+    def cpu_seconds(self, value):
+        pass
+
+
+@pytest.mark.parametrize(("contestant", "passes"), [(InThisProcess, True), (Spinning, False)])
+def test_the_instrument_sees_who_does_not_sleep(in_this_process, monkeypatch, contestant, passes):
+    monkeypatch.setattr(race, "Contestant", contestant)
+    told = []
+    checks = instrument.check("fastsepconv", ["torch"], 1, Budget(seconds=0.1, rounds=2), told.append)
+    assert checks == told and len(checks) == 3
+    assert checks[-1].passed is passes
+
+
+def test_the_instrument_sees_a_slower_copy(in_this_process, monkeypatch):
+    """Each provider is as fast as its rounds say, whatever a call takes here."""
+    took = {"fastsepconv": 1.0, "fastsepconv#2": 1.1, "fastsepconv#alone": 0.8}
+    monkeypatch.setattr(InThisProcess, "block", lambda self: {"times": [took[self.label]] * 3}, raising=False)
+    ask = InThisProcess.ask
+    answer = lambda self, do, **given: self.block() if do == "block" else ask(self, do, **given)  # noqa: E731
+    monkeypatch.setattr(InThisProcess, "ask", answer)
+    checks = instrument.check("fastsepconv", [], 1, QUICK, lambda check: None)
+    assert [(check.ratio, check.passed) for check in checks[:2]] == [(1.1, False), (1.25, False)]
 
 
 @pytest.fixture(scope="module")
