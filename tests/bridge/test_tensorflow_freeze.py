@@ -10,6 +10,7 @@ import pytest
 import tensorflow as tf
 
 import fastsepconv
+from fastsepconv.bridge import tensorflow_freeze
 from fastsepconv.layers import FastSeparableConv2D
 
 from .cases import add_node
@@ -89,6 +90,49 @@ def test_there_are_no_gradients(rng):
         y = add_node("Pointwise", x, tf.ones((4, 3)), relu=1)
         with pytest.raises(LookupError, match="A frozen model has no gradients"):
             tf.gradients(y, x)
+
+
+def test_a_frozen_model_in_a_graph(rng):
+    x = rng.standard_normal((2, 9, 8, 6)).astype("float32")
+    model = small()
+    frozen = fastsepconv.freeze(model)
+
+    @tf.function
+    def graph(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = frozen(x)
+        assert tape.gradient(y, x) is None
+        return y
+
+    np.testing.assert_allclose(graph(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@keras.saving.register_keras_serializable("fastsepconv-tests")
+class Either(keras.layers.Layer):
+    """Doubles what is positive on the whole."""
+
+    def call(self, x):
+        return tf.cond(tf.reduce_sum(x) > 0, lambda: 2 * x, lambda: x)
+
+
+LOOPS = {
+    "plain": ([], "SINGLE_THREADED_EXECUTOR"),
+    "condition": ([Either()], ""),
+    "loop": ([keras.layers.Reshape((7, -1)), keras.layers.GRU(4)], ""),
+}
+
+
+@pytest.mark.parametrize("kind", LOOPS)
+def test_nodes_run_in_turn_where_they_can(kind, rng, monkeypatch):
+    layers, executor = LOOPS[kind]
+    model = keras.Sequential([keras.Input((7, 8, 6)), FastSeparableConv2D(5, 3, padding="same"), *layers])
+    frozen, calls, call = fastsepconv.freeze(model), [], tensorflow_freeze._call
+    monkeypatch.setattr(tensorflow_freeze, "_call", lambda *given: (calls.append(given[2]), call(*given))[1])
+    for sign in (1, -1):
+        x = np.abs(rng.standard_normal((2, 7, 8, 6))).astype("float32") * sign
+        np.testing.assert_allclose(frozen(x), model(x), rtol=1e-4, atol=1e-5)
+    assert calls == [executor] * 2
 
 
 def functional(rng, **changes):
