@@ -63,7 +63,8 @@ def common_dtype(arrays: Iterable[np.ndarray]) -> np.dtype:
 
 def working_dtype(dtype: np.dtype, halves: Collection[str] = ()) -> np.dtype:
     """What kernels are handed where the result has `dtype`: half types but those of `halves` go through float32."""
-    return dtype if dtype == np.float64 or dtype.name in halves else np.dtype("float32")
+    as_it_is = dtype.type in (np.float32, np.float64) or dtype.name in halves
+    return dtype if as_it_is else np.dtype("float32")
 
 
 def is_half(dtype) -> bool:
