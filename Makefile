@@ -59,8 +59,8 @@ report: ## set up, then make the tables and pictures of races on CPUs anew, from
 	$(setup) tensorflow,demo
 	$(REPORT) $(call races,graniterapids) --readme README.md --figures bench/results
 	$(REPORT) bench/results/xception-bfloat16-graniterapids-2cores.json --readme README.md --marker bench-bfloat16 --figures bench/results
-	$(REPORT) $(call races,emeraldrapids) --readme README.md --marker bench-avx512 --figures bench/results/emeraldrapids
-	$(REPORT) $(call races,zen4) $(OTHERS) --marker bench-zen4 --figures bench/results/zen4
+	$(REPORT) $(call races,zen4) --readme README.md --marker bench-avx512 --figures bench/results/zen4
+	$(REPORT) $(call races,emeraldrapids) $(OTHERS) --marker bench-emeraldrapids --figures bench/results/emeraldrapids
 	$(REPORT) bench/results/xception-bfloat16-zen4-2cores.json $(OTHERS) --marker bench-zen4-bfloat16 --figures bench/results/zen4
 	$(REPORT) $(call races,zen3) $(OTHERS) --marker bench-zen3 --figures bench/results/zen3
 
