@@ -25,6 +25,7 @@ from tests.bridge.torch_cases import (
     poisoned,
     torch,
 )
+from tests.kernels.cuda.simulated.training_step import assert_a_training_step_is_keras
 from tests.tolerances import assert_close
 
 __all__ = ["poisoned"]
@@ -99,6 +100,13 @@ def test_empty_batch(rng, kind):
     assert y.shape[0] == 0 and dx.shape == (0, 5, 6, 3)
     for gradient in others:
         np.testing.assert_array_equal(gradient, np.zeros(gradient.shape))
+
+
+@pytest.mark.parametrize("order", ["depthwise_pointwise", "pointwise_depthwise"])
+def test_a_training_step_of_xception_leaves_every_weight_as_keras_does(order, monkeypatch, card):
+    ran, entered, _ = card
+    assert_a_training_step_is_keras(order, monkeypatch, ran)
+    assert len(entered) >= 2 * 34
 
 
 def test_a_backend_that_was_set_for_the_cpu_is_refused(monkeypatch):

@@ -28,7 +28,7 @@ STREAM = 4242
 def test_in_the_simulator(file):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
     settings = {name: value for name, value in os.environ.items() if not name.startswith("FASTSEPCONV_")}
-    settings |= {"NUMBA_ENABLE_CUDASIM": "1", "CUDA_VISIBLE_DEVICES": "-1"}
+    settings |= {"NUMBA_ENABLE_CUDASIM": "1", "CUDA_VISIBLE_DEVICES": "-1", "KERAS_BACKEND": "torch"}
     done = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 50 and "skipped" not in done.stdout, done.stdout

@@ -5,10 +5,6 @@ TensorFlow sees no GPU, so that arrays are copied. No kernel of the CPU may run:
 
 from __future__ import annotations
 
-import sys
-
-import keras
-import numpy as np
 import pytest
 import tensorflow as tf
 
@@ -16,13 +12,12 @@ import fastsepconv
 from fastsepconv.bridge import tensorflow as bridge
 from fastsepconv.kernels import cpu
 from fastsepconv.kernels.cuda import launch
-from fastsepconv.models import pointwise_then_depthwise, xception
 from tests.bridge import oracle
 from tests.bridge.cases import KINDS, WINDOWS, assert_second_order, gradients, operands, window_of
+from tests.kernels.cuda.simulated.training_step import assert_a_training_step_is_keras
 from tests.tolerances import assert_close
 
 tf.config.set_visible_devices([], "GPU")
-FILTERS = {"ENTRY_FILTERS": (2, 4, 6), "MIDDLE_FILTERS": 6, "EXIT_FILTERS": (6, 8)}
 
 
 @pytest.fixture(autouse=True)
@@ -85,38 +80,6 @@ def test_halves(dtype, rng):
         assert_close("half", our.numpy(), their.numpy())
 
 
-def narrow_xception(monkeypatch, *arguments, **options) -> keras.Model:
-    """The tutorial's Xception, its whole topology with few channels."""
-    module = sys.modules[xception.__module__]
-    for name, filters in FILTERS.items():
-        monkeypatch.setattr(module, name, filters)
-    return xception((32, 32, 1), 3, *arguments, dtype="float64", **options)
-
-
 @pytest.mark.parametrize("order", ["depthwise_pointwise", "pointwise_depthwise"])
 def test_a_training_step_of_xception_leaves_every_weight_as_keras_does(order, monkeypatch, ran):
-    """In float64, where rounding cannot hide a difference that 34 layers and 40 normalisations would blow up."""
-    stock = keras.layers.SeparableConv2D if order == "depthwise_pointwise" else pointwise_then_depthwise
-    keras.utils.set_random_seed(1)
-    ours = narrow_xception(monkeypatch, order=order)
-    theirs = narrow_xception(monkeypatch, stock)
-    assert sum(isinstance(layer, fastsepconv.FastSeparableConv2D) for layer in ours.layers) == 34
-    theirs.set_weights(ours.get_weights())
-    before = ours.get_weights()
-    rng = np.random.default_rng(0)
-    images, labels = rng.random((2, 32, 32, 1)), np.array([0, 2])
-    losses = []
-    for model in (ours, theirs):
-        model.compile(keras.optimizers.SGD(0.1), "sparse_categorical_crossentropy")
-        losses.append(model.train_on_batch(images, labels))
-    np.testing.assert_allclose(*losses, rtol=1e-9)
-    moved = 0
-    for weight, our, their, old in zip(ours.weights, ours.get_weights(), theirs.get_weights(), before, strict=True):
-        scale = max(1e-3, np.abs(their).max())  # a bias before a normalisation has a gradient of nothing but rounding
-        assert np.abs(our - their).max() <= 1e-8 * scale, weight.path
-        moved += not np.array_equal(our, old)
-    assert moved > len(before) / 2
-    steps = {"depthwise_forward": 34, "pointwise_forward": 34, "depthwise_d_x": 34, "pointwise_d_x": 34,
-             "depthwise_d_kernel": 34, "pointwise_d_kernel": 34}  # fmt: skip
-    for kernel, least in steps.items():
-        assert ran.count(f"{kernel}[{','.join(['float64'] * (2 if 'd_kernel' in kernel else 3))}]") >= least, kernel
+    assert_a_training_step_is_keras(order, monkeypatch, ran)
