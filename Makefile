@@ -62,6 +62,7 @@ report: ## set up, then make the tables and pictures of races on CPUs anew, from
 	$(REPORT) $(call races,zen4) --readme README.md --marker bench-avx512 --figures bench/results/zen4
 	$(REPORT) $(call races,emeraldrapids) $(OTHERS) --marker bench-emeraldrapids --figures bench/results/emeraldrapids
 	$(REPORT) bench/results/xception-bfloat16-zen4-2cores.json $(OTHERS) --marker bench-zen4-bfloat16 --figures bench/results/zen4
+	$(REPORT) $(call races,zen4avx2) $(OTHERS) --marker bench-zen4-avx2 --figures bench/results/zen4avx2
 	$(REPORT) $(call races,zen3) $(OTHERS) --marker bench-zen3 --figures bench/results/zen3
 
 lint: ## set up, then check style and types
