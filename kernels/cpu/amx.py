@@ -6,8 +6,6 @@ middle + low`: see `amx_packing`. Intel's manual, volume 1, chapter 18, tells of
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
@@ -21,9 +19,10 @@ ROWS = 16
 STEP_BYTES = 2048  # of either side of a product, for each of its terms
 _BYTE = ir.IntType(8)
 
-
-MATRICES = CHOSEN.matrices  # Numba leaves out, before it compiles, what stands behind `if` and a constant that is false
-_TERMS = {types.float32: 3, types.uint16: 1} if CHOSEN.matrices else {}
+# What emits AMX's code is called behind `if MATRICES`: what stands behind a constant that is false, Numba leaves out
+# before it compiles. Functions called by address (`compiled_once`) say for which dtypes they are not there.
+MATRICES = CHOSEN.matrices
+_TERMS = {types.float32: 3, types.uint16: 1} if MATRICES else {}
 MULTIPLIED = frozenset(_TERMS)
 OTHERS = frozenset({types.float32, types.float64, types.uint16}) - MULTIPLIED
 
@@ -43,11 +42,6 @@ def emit_call(builder, name: str, *arguments) -> None:
 def pointer(builder, address):
     """The pointer at an integer address, as those instructions take it."""
     return builder.inttoptr(address, _BYTE.as_pointer())
-
-
-def with_amx(codegen: Callable) -> Callable:
-    """Emits nothing where the CPU has no AMX: nobody calls it there, and it would take a while to compile."""
-    return codegen if CHOSEN.matrices else lambda context, *_: context.get_dummy_value()
 
 
 @intrinsic

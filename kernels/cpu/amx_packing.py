@@ -14,7 +14,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from .amx import SIDE, STEP, STEP_BYTES, terms_of, with_amx
+from .amx import SIDE, STEP, STEP_BYTES, terms_of
 from .jit import kernel
 from .memory import ceil_div
 from .simd import CACHE_LINE, Vectors, index, transposed, vectors_of
@@ -122,7 +122,7 @@ def split_rows(typing_context, rows, depth, source, row_bytes, target):
                 split.store(pairs, _place(builder, base, term, builder.mul(row.index, index(CACHE_LINE))))
         return context.get_dummy_value()
 
-    return types.void(*[types.intp] * 5), with_amx(codegen)
+    return types.void(*[types.intp] * 5), codegen
 
 
 @intrinsic
@@ -141,7 +141,7 @@ def split_columns(typing_context, rows, columns, source, row_bytes, target):
                 split.store_transposed(found, base, half * _WIDTH * CACHE_LINE, CACHE_LINE)
         return context.get_dummy_value()
 
-    return types.void(*[types.intp] * 5), with_amx(codegen)
+    return types.void(*[types.intp] * 5), codegen
 
 
 def emit_panel_part(emit: Vectors, depth, columns, source, row_bytes, number, target) -> None:
@@ -206,7 +206,7 @@ def split_transposed_panel(typing_context, depth, columns, source, column_bytes,
                 split.store_transposed(found, base, half * CACHE_LINE, 2 * CACHE_LINE)
         return context.get_dummy_value()
 
-    return types.void(*[types.intp] * 5), with_amx(codegen)
+    return types.void(*[types.intp] * 5), codegen
 
 
 @intrinsic
@@ -230,4 +230,4 @@ def join_pairs(typing_context, source, first, second):
             split.wide.store(builder.fadd(high, less), split.wide.pointer(target))
         return context.get_dummy_value()
 
-    return types.void(*[types.intp] * 3), with_amx(codegen)
+    return types.void(*[types.intp] * 3), codegen

@@ -14,7 +14,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from .amx import ROWS, SIDE, STEP, STEP_BYTES, emit_call, pointer, terms_of, with_amx
+from .amx import ROWS, SIDE, STEP, STEP_BYTES, emit_call, pointer, terms_of
 from .amx_packing import PARTS_A_STEP, emit_panel_part
 from .simd import CACHE_LINE, Vectors, arithmetic_type, emit_cases, index, vectors_of
 
@@ -170,7 +170,7 @@ def mend(typing_context, sums, mended):
             emit.store(builder.select(finite, value, other), emit.at(sums, at))
         return context.get_dummy_value()
 
-    return types.void(types.intp, types.intp), with_amx(codegen)
+    return types.void(types.intp, types.intp), codegen
 
 
 @intrinsic
