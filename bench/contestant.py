@@ -31,9 +31,9 @@ class ContestantError(RuntimeError):
 
 
 class Contestant:
-    """A provider in a process of its own, asleep except while it answers `ask`; merely waiting, unless it `stops`."""
+    """A provider in a process of its own, asleep except while it answers `ask`."""
 
-    def __init__(self, label: str, threads: int, interpreter: str | None = None, stops: bool = True):
+    def __init__(self, label: str, threads: int, interpreter: str | None = None):
         self.label = label
         self.provider = label.split("#")[0]
         self.threads = threads
@@ -47,7 +47,7 @@ class Contestant:
             cwd=tempfile.gettempdir(),  # an interpreter run with -c imports from where it stands
             env=_environment(threads),
         )
-        self._stops, self._stopped = stops and _CAN_STOP, False
+        self._stopped = False
 
     def ask(self, do: str, **arguments) -> dict:
         """Wake the process, have one order done, stop it again; the answer."""
@@ -87,7 +87,7 @@ class Contestant:
         return replies.readline().decode()
 
     def _stop(self) -> None:
-        if self._stops:
+        if _CAN_STOP:
             os.kill(self._process.pid, signal.SIGSTOP)
             _, status = os.waitpid(self._process.pid, os.WUNTRACED)
             if not os.WIFSTOPPED(status):

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 
-from .problems import Layer
-from .race import Arena, Budget
-from .stats import ratio
+from . import data
+from .contestant import Contestant
+from .problems import Layer, to_dict
+from .race import Arena, Budget, Result
+from .stats import ratio, summary
 
-SELF_TOLERANCE, ALONE_TOLERANCE, LEFT_TOLERANCE = 0.03, 0.05, 0.01
-REPEATS = 3
+SELF_TOLERANCE, ALONE_TOLERANCE = 0.03, 0.05
+REPEATS = 4
 PROBLEMS = [
     Layer("xception", 19, 728, 728),
     Layer("xception", 74, 128, 256, batch=8),
@@ -37,12 +41,11 @@ class Check:
 
 
 def check(provider: str, rivals: list[str], threads: int, budget: Budget, tell: Callable[[Check], None]) -> list[Check]:
-    """A provider against itself gives 1; raced against `rivals` it takes the time that it takes alone; and to the one
-    whose turn it is the others leave the whole machine.
+    """A provider against itself gives 1; raced against `rivals` it takes the time that it takes alone.
 
-    Alone is a process that is never stopped, timed while the race's are: a machine's speed may change by a tenth from
-    second to second, so both take turns within one. And a few times, in new processes: one is faster or slower than the
-    next, by where its memory happens to lie.
+    Each several times, in new processes: one is faster or slower than the next, by where its memory happens to lie, and
+    the machine's speed may change by a tenth from second to second. What slows a process down does so for a while, so
+    the fastest race is compared with the fastest time alone.
     """
     checks: list[Check] = []
 
@@ -50,29 +53,39 @@ def check(provider: str, rivals: list[str], threads: int, budget: Budget, tell: 
         checks.append(Check(name, value, tolerance))
         tell(checks[-1])
 
-    own, alone = f"{provider}#2", f"{provider}#alone"
-    against_itself, _ = _ratios([provider, own], provider, own, threads, budget)
-    for problem, value in zip(PROBLEMS, against_itself, strict=True):
+    pairs = [_races([provider, f"{provider}#2"], threads, budget) for _ in range(REPEATS)]
+    for problem, results in zip(PROBLEMS, zip(*pairs, strict=True), strict=True):
+        value = median(ratio(first.rounds, second.rounds)["ratio"] for first, second in results)
         add(f"{problem.name}: {provider} against itself", value, SELF_TOLERANCE)
-    over_alone, left = _ratios([alone, provider, *rivals], alone, provider, threads, budget)
-    for problem, value in zip(PROBLEMS, over_alone, strict=True):
-        add(f"{problem.name}: {provider} in a race over {provider} alone", value, ALONE_TOLERANCE)
-    add("the machine's share that those who wait leave to the one that runs", left, LEFT_TOLERANCE)
+    alone, raced = [], []
+    for _ in range(REPEATS):
+        alone.append(_times_alone(provider, threads, budget))
+        raced.append([summary(results[0].rounds)["median"] for results in _races([provider, *rivals], threads, budget)])
+    for problem, quiet, beside in zip(PROBLEMS, zip(*alone, strict=True), zip(*raced, strict=True), strict=True):
+        add(f"{problem.name}: {provider} in a race over {provider} alone", min(beside) / min(quiet), ALONE_TOLERANCE)
     return checks
 
 
-def _ratios(labels: list[str], first: str, second: str, threads: int, budget: Budget) -> tuple[list[float], float]:
-    """How many times longer `second` takes than `first` in a race of all, for each problem: the median of some.
+def _races(labels: list[str], threads: int, budget: Budget) -> list[list[Result]]:
+    """The results of a race for each problem, in new processes."""
+    with Arena(labels, threads, budget) as arena:
+        return [arena.race(problem) for problem in PROBLEMS]
 
-    Behind it, the least share of the machine that was left to the one whose turn it was.
-    """
-    found, left = [], 1.0
-    for _ in range(REPEATS):
-        with Arena(labels, threads, budget, awake=[label for label in labels if label.endswith("#alone")]) as arena:
-            values = []
-            for problem in PROBLEMS:
-                rounds = {result.provider: result.rounds for result in arena.race(problem)}
-                values.append(ratio(rounds[first], rounds[second])["ratio"])
-                left = min(left, 1 - arena.waiting)
-        found.append(values)
-    return [median(values) for values in zip(*found, strict=True)], left
+
+def _times_alone(provider: str, threads: int, budget: Budget) -> list[float]:
+    """The median seconds for each problem of the only process there is, in one block without a stop."""
+    process = Contestant(provider, threads)
+    try:
+        process.ask("hello")
+        return [_time_alone(process, problem, budget) for problem in PROBLEMS]
+    finally:
+        process.close()
+
+
+def _time_alone(process: Contestant, problem: Layer, budget: Budget) -> float:
+    with tempfile.TemporaryDirectory(prefix="fastsepconv-bench-") as folder:
+        data.write(problem, Path(folder))
+        process.ask("prepare", problem=to_dict(problem), folder=folder, results=f"{folder}/results")
+    answer = process.ask("block", seconds=budget.seconds, calls=budget.calls, warm_seconds=budget.warm_seconds)
+    process.ask("forget")
+    return median(answer["times"])

@@ -60,16 +60,15 @@ class _OthersClock:
 class Arena:
     """The providers' processes, started once and kept for many problems. Use it in a `with`.
 
-    A label is a provider's name, or that and `#` and something: the same provider twice is the same race twice. Those
-    in `awake` are never stopped: between their blocks they wait as a process does that is alone.
+    A label is a provider's name, or that and `#` and something: the same provider twice is the same race twice.
     """
 
-    def __init__(self, labels: Iterable[str], threads: int, budget: Budget, seed: int = 0, awake: Iterable[str] = ()):
-        self.labels, self.awake = list(labels), frozenset(awake)
+    def __init__(self, labels: Iterable[str], threads: int, budget: Budget, seed: int = 0):
+        self.labels = list(labels)
         self.threads, self.budget, self.seed = threads, budget, seed
         self.versions: dict[str, dict[str, str]] = {}
         self.absent: dict[str, str] = {}
-        self.flops, self.disturbance, self.waiting = 0, 0.0, 0.0
+        self.flops, self.disturbance = 0, 0.0
         self._processes: dict[str, Contestant] = {}
 
     def __enter__(self) -> Arena:
@@ -91,8 +90,8 @@ class Arena:
     def race(self, problem: Problem, labels: Iterable[str] | None = None) -> list[Result]:
         """Gate, then time, every provider that has such problems (or those of `labels`), in the order of the arena.
 
-        Leaves `flops`, the problem's operations; `disturbance`, the share of the machine that others used: a disturbed
-        race is run once more; and `waiting`, the share that was used by those whose turn it was not.
+        Leaves `flops`, the problem's operations, and `disturbance`, the share of the machine that others used;
+        a disturbed race is run once more.
         """
         with tempfile.TemporaryDirectory(prefix="fastsepconv-bench-") as name:
             folder = Path(name)
@@ -114,22 +113,17 @@ class Arena:
         timed = [result for result in results if result.status == "timed"]
         for result in timed:
             result.rounds.clear()
-        others, waiting, seconds = _OthersClock(self._processes.values()), 0.0, 0.01
+        others = _OthersClock(self._processes.values())
         for index in range(self.budget.rounds):
             for result in timed if index % 2 == 0 else reversed(timed):
-                idle = [process for label, process in self._processes.items() if label != result.provider]
-                start, used = time.monotonic(), sum(process.cpu_seconds for process in idle)
                 self._run_block(result)
-                seconds += time.monotonic() - start
-                waiting += sum(process.cpu_seconds for process in idle) - used
-        self.waiting = waiting / seconds / (os.cpu_count() or 1)
         return others.share()
 
     def _start(self, label: str) -> None:
         if label in self._processes:
             return
         try:
-            process = self._processes[label] = Contestant(label, self.threads, stops=label not in self.awake)
+            process = self._processes[label] = Contestant(label, self.threads)
             answer = process.ask("hello")
         except (OSError, ContestantError) as error:
             answer = {"absent": f"it does not start: {error}"}

@@ -139,9 +139,8 @@ def _instrument_line(run: dict) -> str:
     failed = [f"{check['name']} {check['ratio']:.3f}" for check in checks if not check["passed"]]
     verdict = f"{len(failed)} of {len(checks)} failed ({'; '.join(failed)})" if failed else f"all {len(checks)} passed"
     return (
-        "The instrument was checked by ratios that should be 1, a provider against itself, its time in a race over its "
-        "time alone, and the machine's share that those who wait leave to the one that runs: "
-        f"{min(ratios):.3f} to {max(ratios):.3f}, {verdict}."
+        "The instrument was checked by ratios that should be 1, a provider against itself and its time in a race over "
+        f"its time alone: {min(ratios):.3f} to {max(ratios):.3f}, {verdict}."
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -19,7 +20,7 @@ from .tensorflow_registration import CARD, DEFINITIONS
 ShapeOf = Callable[[str], list[int] | None]
 
 _IN_TURN = "SINGLE_THREADED_EXECUTOR"  # TensorFlow's, which runs nodes on the thread that calls
-_OF_CONTROL_FLOW = frozenset(("Switch", "Merge", "Enter", "Exit", "NextIteration", "LoopCond", "Recv", "Send"))
+_OF_CONTROL_FLOW = frozenset(("Switch", "Merge", "Enter", "Exit", "NextIteration", "LoopCond"))
 _A_BATCH = 97  # of images, and one more for each further input, for sizes that only equal batches have in common
 
 
@@ -71,23 +72,38 @@ def _call(frozen: Any, values: list[tf.Tensor], executor: str) -> Sequence[tf.Te
     """
     if not tf.executing_eagerly():
         return frozen(*(tf.stop_gradient(each) for each in values))
-    with tf.experimental.function_executor_type(executor):
-        return frozen.inference_fn.call_flat(*values, *frozen.captured_inputs)
+    values = [*values, *frozen.captured_inputs]
+    if executor:
+        # An error is raised by the other executor, which tells the node.
+        with (
+            contextlib.suppress(tf.errors.InvalidArgumentError),
+            tf.experimental.function_executor_type(executor),
+        ):
+            return frozen.inference_fn.call_flat(*values)
+    return frozen.inference_fn.call_flat(*values)
 
 
 def _tensor(value: Any, dtype: tf.DType) -> tf.Tensor:
     if isinstance(value, tf.Tensor) and value.dtype is dtype:
         return value
-    return keras.ops.convert_to_tensor(value, dtype.name)
+    return tf.convert_to_tensor(keras.ops.convert_to_tensor(value, dtype.name))  # of a variable, what it holds
 
 
 def _may_run_in_turn(nodes: Sequence[NodeDef]) -> bool:
-    """Whether nodes can do without branches that wait for each other: those of loops and conditions cannot.
+    """Whether no node has to wait for another that TensorFlow would start beside it.
 
-    In turn each has all cores, to which the kernels spread anyway; two at once hold each other up (2 to 3 % of Xception
-    on 2 cores), and the first would wait for a thread of TensorFlow's to wake.
+    So it is where parts of the graph lie on several devices (which its arguments alone may bring about), in the loops
+    and conditions of a graph, and in functions that stay a call. In turn each node has all cores, to which the kernels
+    spread anyway; two at once hold each other up (2 to 3 % of Xception on 2 cores), and the first would wait for a
+    thread of TensorFlow's to wake.
     """
-    return not any(node.op in _OF_CONTROL_FLOW or node.device for node in nodes)
+    if len(tf.config.list_logical_devices()) > 1:
+        return False
+    return not any(node.op in _OF_CONTROL_FLOW or _calls(node) for node in nodes)
+
+
+def _calls(node: NodeDef) -> bool:
+    return any(attribute.HasField("func") or attribute.list.func for attribute in node.attr.values())
 
 
 def _keep_constants(nodes: Sequence[NodeDef]) -> None:

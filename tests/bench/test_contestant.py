@@ -37,16 +37,6 @@ def test_a_process_is_stopped_between_two_orders(process):
 
 
 @needs_proc
-def test_a_process_that_does_not_stop_waits():
-    process = Contestant("reference", threads=1, stops=False)
-    try:
-        process.ask("hello")
-        assert state(process) != "T"
-    finally:
-        process.close()
-
-
-@needs_proc
 def test_the_time_that_a_process_used_is_counted(process):
     process.ask("hello")
     assert 0 < process.cpu_seconds <= machine.busy_seconds()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -43,7 +42,7 @@ CLASSES = {"reference": Right, "fastsepconv": Right, "tensorflow": Wrong, "torch
 class InThisProcess:
     """A contestant without a process of its own, whose provider is one of the classes above."""
 
-    def __init__(self, label, threads, stops=True):
+    def __init__(self, label, threads):
         self.label, self.cpu_seconds = label, 0.0
         self.worker = Worker.__new__(Worker)
         self.worker.provider = CLASSES[label.split("#")[0]](threads)
@@ -98,36 +97,26 @@ def test_a_disturbed_race_is_run_once_more_and_marked(in_this_process, monkeypat
     assert len(result.rounds) == 2 and arena.disturbance == 0.5
 
 
-class Spinning(InThisProcess):
-    """One that uses the processor while it waits, as an OpenMP thread does that spins."""
+def test_the_instrument_sees_a_slower_copy_and_a_slower_race(in_this_process, monkeypatch):
+    """A block takes what is told here, whatever it takes; alone is the process that another module starts."""
+    took = {"fastsepconv": 1.25, "fastsepconv#2": 1.375}
 
-    @property
-    def cpu_seconds(self):
-        return time.monotonic()
+    class Told(InThisProcess):
+        def ask(self, do, **arguments):
+            answer = super().ask(do, **arguments)
+            return {"times": [took[self.label]] * 3} if do == "block" and self.label in took else answer
 
-    @cpu_seconds.setter
-    def cpu_seconds(self, value):
-        pass
+    class Alone(Told):
+        def ask(self, do, **arguments):
+            answer = super().ask(do, **arguments)
+            return {"times": [1.0] * 3} if do == "block" else answer
 
-
-@pytest.mark.parametrize(("contestant", "passes"), [(InThisProcess, True), (Spinning, False)])
-def test_the_instrument_sees_who_does_not_sleep(in_this_process, monkeypatch, contestant, passes):
-    monkeypatch.setattr(race, "Contestant", contestant)
+    monkeypatch.setattr(race, "Contestant", Told)
+    monkeypatch.setattr(instrument, "Contestant", Alone)
     told = []
-    checks = instrument.check("fastsepconv", ["torch"], 1, Budget(seconds=0.1, rounds=2), told.append)
-    assert checks == told and len(checks) == 3
-    assert checks[-1].passed is passes
-
-
-def test_the_instrument_sees_a_slower_copy(in_this_process, monkeypatch):
-    """Each provider is as fast as its rounds say, whatever a call takes here."""
-    took = {"fastsepconv": 1.0, "fastsepconv#2": 1.1, "fastsepconv#alone": 0.8}
-    monkeypatch.setattr(InThisProcess, "block", lambda self: {"times": [took[self.label]] * 3}, raising=False)
-    ask = InThisProcess.ask
-    answer = lambda self, do, **given: self.block() if do == "block" else ask(self, do, **given)  # noqa: E731
-    monkeypatch.setattr(InThisProcess, "ask", answer)
-    checks = instrument.check("fastsepconv", [], 1, QUICK, lambda check: None)
-    assert [(check.ratio, check.passed) for check in checks[:2]] == [(1.1, False), (1.25, False)]
+    checks = instrument.check("fastsepconv", ["torch"], 1, QUICK, told.append)
+    assert checks == told
+    assert [(check.ratio, check.passed) for check in checks] == [(1.1, False), (1.25, False)]
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
+import sys
 
 import keras
 import numpy as np
@@ -74,7 +76,7 @@ def test_bad_models():
     frozen = fastsepconv.freeze(small())
     with pytest.raises(ValueError, match=r"`inputs`\. Expected 1 of them"):
         frozen(np.zeros((1, 9, 8, 6)), np.zeros((1, 9, 8, 6)))
-    with pytest.raises(tf.errors.InvalidArgumentError):
+    with pytest.raises(tf.errors.InvalidArgumentError, match=r"/separable_conv2d.*/FastsepconvSeparable"):
         frozen(np.zeros((1, 9, 8, 7)))
 
 
@@ -90,6 +92,36 @@ def test_there_are_no_gradients(rng):
         y = add_node("Pointwise", x, tf.ones((4, 3)), relu=1)
         with pytest.raises(LookupError, match="A frozen model has no gradients"):
             tf.gradients(y, x)
+
+
+def test_variables_are_inputs_too(rng):
+    model = small()
+    x = rng.standard_normal((1, 9, 8, 6)).astype("float32")
+    frozen = fastsepconv.freeze(model)
+    for variable in (tf.Variable(x), keras.Variable(x)):
+        np.testing.assert_allclose(frozen(variable), model(x), rtol=1e-4, atol=1e-5)
+
+
+ON_TWO_DEVICES = """
+import keras, numpy as np, tensorflow as tf
+two = [tf.config.LogicalDeviceConfiguration()] * 2
+tf.config.set_logical_device_configuration(tf.config.list_physical_devices("CPU")[0], two)
+import fastsepconv
+x = keras.Input((9, 8, 6))
+model = keras.Model(x, [fastsepconv.FastSeparableConv2D(5, 3)(x), x])
+frozen, image = fastsepconv.freeze(model), np.ones((2, 9, 8, 6), "float32")
+for device in ("CPU:1", "CPU:0"):
+    with tf.device(device):
+        given = tf.constant(image)
+    for ours, theirs in zip(frozen(given), model(image)):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+"""
+
+
+def test_inputs_on_two_devices():
+    """In a process with two: parts of a graph wait for each other there."""
+    done = subprocess.run([sys.executable, "-c", ON_TWO_DEVICES], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_frozen_model_in_a_graph(rng):
@@ -116,9 +148,17 @@ class Either(keras.layers.Layer):
         return tf.cond(tf.reduce_sum(x) > 0, lambda: 2 * x, lambda: x)
 
 
+class Called(keras.layers.Layer):
+    """Calls a function that stays one."""
+
+    def call(self, x):
+        return tf.function(tf.sin, autograph=False, experimental_attributes={"_noinline": True})(x)
+
+
 LOOPS = {
     "plain": ([], "SINGLE_THREADED_EXECUTOR"),
     "condition": ([Either()], ""),
+    "function": ([Called()], ""),
     "loop": ([keras.layers.Reshape((7, -1)), keras.layers.GRU(4)], ""),
 }
 
