@@ -92,10 +92,10 @@ def _tensor(value: Any, dtype: tf.DType) -> tf.Tensor:
 def _may_run_in_turn(nodes: Sequence[NodeDef]) -> bool:
     """Whether no node has to wait for another that TensorFlow would start beside it.
 
-    So it is where parts of the graph lie on several devices (which its arguments alone may bring about), in the loops
-    and conditions of a graph, and in functions that stay a call. In turn each node has all cores, to which the kernels
-    spread anyway; two at once hold each other up (2 to 3 % of Xception on 2 cores), and the first would wait for a
-    thread of TensorFlow's to wake.
+    Nodes wait so where parts of the graph lie on several devices (which its arguments alone may bring about), in the
+    loops and conditions of a graph, and in functions that stay a call. In turn each node has all cores, to which the
+    kernels spread anyway; two at once hold each other up (2 to 3 % of Xception on 2 cores), and the first would wait
+    for a thread of TensorFlow's to wake.
     """
     if len(tf.config.list_logical_devices()) > 1:
         return False

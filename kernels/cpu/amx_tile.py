@@ -222,7 +222,8 @@ def _emit_finish(
         places = [emit.at(emit.pointer(target), index(j * emit.lanes)) for j in vectors]
         with builder.if_else(streamed, likely=False) as (then, otherwise):
             with then:
-                emit.stream_span(results, places[0])
+                for result, place in zip(results, places, strict=True):
+                    emit.stream(result, place)
             with otherwise:
                 for result, place, mask in zip(results, places, masks, strict=True):
                     emit.store(result, place, mask)

@@ -318,10 +318,11 @@ def _store_tile(emit: Vectors, tile, masks, rows, columns, c, c_row, past_caches
     )
     with builder.if_else(whole) as (then, otherwise):
         with then, builder.if_else(builder.icmp_signed("!=", past_caches, index(0))) as (streamed, stored):
-            for branch, store in ((streamed, emit.stream_span), (stored, emit.store_span)):
+            for branch, store in ((streamed, emit.stream), (stored, emit.store)):
                 with branch:
                     for target, row in zip(c_rows, tile, strict=True):
-                        store([builder.load(register) for register in row], target)
+                        for j, register in enumerate(row):
+                            store(builder.load(register), emit.at(target, index(j * emit.lanes)))
         with otherwise:
             for i, (target, row) in enumerate(zip(c_rows, tile, strict=True)):
                 with builder.if_then(builder.icmp_signed("<", index(i), rows)):

@@ -119,19 +119,10 @@ class Vectors:
             arguments = [value, vector, ir.Constant(_LANE, self.itemsize), mask]
             self._call(f"llvm.masked.store.{_suffix(self.stored_type)}.p0", ir.VoidType(), arguments)
 
-    def store_span(self, values: list, pointer):
-        """Vectors side by side."""
-        for j, value in enumerate(values):
-            self.store(value, self.at(pointer, index(j * self.lanes)))
-
-    def stream_span(self, values: list, pointer):
-        """Vectors side by side, written past the caches. Assumes: the pointer is a multiple of their size together."""
-        for j, value in enumerate(values):
-            self._stream(value, self.at(pointer, index(j * self.lanes)))
-
-    def _stream(self, value, pointer):
-        vector = self.builder.bitcast(pointer, value.type.as_pointer())
-        instruction = self.builder.store(value, vector, align=value.type.count * self.itemsize)
+    def stream(self, value, pointer):
+        """One vector, written past the caches. Assumes: the pointer is a multiple of the vector's size."""
+        vector = self.builder.bitcast(pointer, self.stored_type.as_pointer())
+        instruction = self.builder.store(value, vector, align=self.lanes * self.itemsize)
         instruction.set_metadata("nontemporal", self.builder.module.add_metadata([ir.Constant(_LANE, 1)]))
 
     def prefetch(self, pointer, level: int = 2, write: bool = False):
@@ -209,15 +200,9 @@ class BFloat16Vectors(Vectors):
         """One vector, rounded to the nearest; lanes that are off write nothing."""
         super().store(self._rounded(value), pointer, mask)
 
-    def stream_span(self, values: list, pointer):
-        """The same, rounded, two vectors at once: half a cache line at a time takes longer."""
-        rounded = [self._rounded(value) for value in values]
-        both = ir.Constant(ir.VectorType(_LANE, 2 * self.lanes), list(range(2 * self.lanes)))
-        for j in range(0, len(rounded) - 1, 2):
-            pair = self.builder.shuffle_vector(rounded[j], rounded[j + 1], both)
-            self._stream(pair, self.at(pointer, index(j * self.lanes)))
-        if len(rounded) % 2:
-            self._stream(rounded[-1], self.at(pointer, index((len(rounded) - 1) * self.lanes)))
+    def stream(self, value, pointer):
+        """The same, written past the caches. Assumes: the pointer is a multiple of the vector's size in memory."""
+        super().stream(self._rounded(value), pointer)
 
     def broadcast_factors(self, pointer):
         """Two elements that lie side by side, loaded into every lane."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -46,7 +45,7 @@ class InThisProcess:
         self.label, self.cpu_seconds = label, 0.0
         self.worker = Worker.__new__(Worker)
         self.worker.provider = CLASSES[label.split("#")[0]](threads)
-        self.worker.import_seconds, self.worker.turn, self.worker.steps = 0.0, itertools.count(), []
+        self.worker.import_seconds, self.worker.turn, self.worker.steps = 0.0, iter(range(1000)), []
 
     def ask(self, do, **arguments):
         orders.append((self.label, do))

@@ -25,7 +25,7 @@ from tests.bridge.torch_cases import (
     poisoned,
     torch,
 )
-from tests.kernels.cuda.simulated.training_step import assert_a_training_step_is_keras
+from tests.kernels.cuda.simulated.training_step import LAYERS, assert_a_training_step_is_keras
 from tests.tolerances import assert_close
 
 __all__ = ["poisoned"]
@@ -106,7 +106,7 @@ def test_empty_batch(rng, kind):
 def test_a_training_step_of_xception_leaves_every_weight_as_keras_does(order, monkeypatch, card):
     ran, entered, _ = card
     assert_a_training_step_is_keras(order, monkeypatch, ran)
-    assert len(entered) >= 2 * 34
+    assert len(entered) >= 2 * LAYERS
 
 
 def test_a_backend_that_was_set_for_the_cpu_is_refused(monkeypatch):

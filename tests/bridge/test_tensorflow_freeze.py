@@ -140,7 +140,6 @@ def test_a_frozen_model_in_a_graph(rng):
     np.testing.assert_allclose(graph(x), model(x), rtol=1e-4, atol=1e-5)
 
 
-@keras.saving.register_keras_serializable("fastsepconv-tests")
 class Either(keras.layers.Layer):
     """Doubles what is positive on the whole."""
 
@@ -155,7 +154,7 @@ class Called(keras.layers.Layer):
         return tf.function(tf.sin, autograph=False, experimental_attributes={"_noinline": True})(x)
 
 
-LOOPS = {
+LAST_LAYERS = {
     "plain": ([], "SINGLE_THREADED_EXECUTOR"),
     "condition": ([Either()], ""),
     "function": ([Called()], ""),
@@ -163,9 +162,9 @@ LOOPS = {
 }
 
 
-@pytest.mark.parametrize("kind", LOOPS)
+@pytest.mark.parametrize("kind", LAST_LAYERS)
 def test_nodes_run_in_turn_where_they_can(kind, rng, monkeypatch):
-    layers, executor = LOOPS[kind]
+    layers, executor = LAST_LAYERS[kind]
     model = keras.Sequential([keras.Input((7, 8, 6)), FastSeparableConv2D(5, 3, padding="same"), *layers])
     frozen, calls, call = fastsepconv.freeze(model), [], tensorflow_freeze._call
     monkeypatch.setattr(tensorflow_freeze, "_call", lambda *given: (calls.append(given[2]), call(*given))[1])
