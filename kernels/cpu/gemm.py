@@ -15,6 +15,7 @@ from . import amx_gemm
 from .amx import MATRICES, MULTIPLIED, SIDE, terms
 from .amx_gemm import MOST_DEPTH
 from .amx_packing import split_bytes
+from .copying_tile import ask_for_rows, copying_tile
 from .gemm_tile import ASK_STEP, ASKS_A_STRETCH, EARLY, GEMM_ROWS, STRETCH, gemm_columns, gemm_tile
 from .jit import kernel
 from .memory import ceil_div, share, size_of, view
@@ -62,7 +63,7 @@ def workspace_length(dtype, depth, rows):
     """Elements of scratch memory that `multiply_block` wants for blocks of so many rows."""
     if terms(dtype) > 0:
         return amx_gemm.workspace_bytes(dtype, rows, depth) // size_of(dtype)
-    return panel_length(dtype, depth)
+    return 2 * panel_length(dtype, depth)
 
 
 @kernel
@@ -229,21 +230,40 @@ def _asks(products):
     return products // STRETCH * ASKS_A_STRETCH
 
 
+@kernel
+def _copied_ahead(dtype, rows, depth, silent):
+    """How the next panel is copied by whole tiles of so many rows, but for the `silent` ones: (tiles that copy, rows
+    of it with each stretch). No tiles where that is not worth while, or cannot be.
+    """
+    tiles = min(STRETCH, rows // TILE_ROWS - silent)
+    if tiles < 2 or depth < STRETCH or factors(dtype) > 1:
+        return 0, 0
+    copies = ceil_div(depth, tiles * (depth // STRETCH))
+    return ceil_div(depth, copies * (depth // STRETCH)), copies
+
+
 @compiled_once(but_for=MULTIPLIED)
 def _multiply_panel(
-    dtype, rows, depth, filters, columns, a, a_row, tail, b, b_step, panel, next_b, next_step, ahead, ahead_step,
-    start, start_row, residual_offset, y, past_caches, low, high,
+    dtype, rows, depth, filters, columns, a, a_row, tail, b, b_step, panel, next_b, next_step, next_panel,
+    ahead, ahead_step, start, start_row, residual_offset, y, past_caches, low, high,
 ):  # fmt: skip
     """One panel of filters: tiles of rows pass it, each in L1 for its depth. The first packs b into `panel`, if not 0,
     and asks for its rows early.
 
-    Of what comes next the first tiles ask for the next panel, a column of lines each, and the others for `ahead`.
+    Of what comes next the first tiles ask for the next panel, a column of lines each, or copy it to `next_panel`, if
+    that is not 0; the others ask for `ahead`.
     """
     itemsize = size_of(dtype)
     count, packed = products(dtype, depth), panel
     asks, row = _asks(count), gemm_columns(dtype) * factors(dtype)
     tiles_asking = lines_of_row(dtype, next_b, next_step, row) * ASK_STEP
-    silent = 1 if panel != 0 else 0
+    silent, copying, copies = 1 if panel != 0 else 0, 0, 0
+    if next_panel != 0:
+        copying, copies = _copied_ahead(dtype, rows, depth, silent)
+        tiles_asking = copying
+        if silent != 0:
+            ask_for_rows(dtype, next_b, next_step)
+    copied = copies * (depth // STRETCH)  # by each tile
     for m in range(0, rows, TILE_ROWS):
         height, turn = min(TILE_ROWS, rows - m), m // TILE_ROWS - silent
         if packed != 0:
@@ -253,6 +273,16 @@ def _multiply_panel(
         else:
             wanted, step = ahead + (turn - tiles_asking) * asks * ahead_step * itemsize, ahead_step
         block = a + m * a_row * itemsize if height == TILE_ROWS or tail == 0 else tail
+        if 0 <= turn < copying:
+            k = min(turn * copied, depth - copied)  # the last one copies some rows once more
+            copying_tile(
+                dtype, count, block, a_row, b, start + m * start_row * itemsize, start_row, residual_offset,
+                y + m * filters * itemsize, filters, past_caches, low, high,
+                next_b + k * next_step * itemsize, next_step, next_panel + k * row * itemsize, copies,
+            )  # fmt: skip
+            if turn == copying - 1:  # they come while the tiles that are left are computed
+                ask_for_rows(dtype, next_b + row * itemsize, next_step)
+            continue
         gemm_tile(
             dtype, tile_height(height), height, columns, count, block, a_row, factors(dtype), b, b_step, packed,
             wanted, step, start + m * start_row * itemsize, start_row,
@@ -297,7 +327,7 @@ def _multiply_slabs(
                 pack_panel(dtype, k_end - k, columns, b, row_stride, 1, own)
                 b, b_step, panel = own, width, 0
             _multiply_panel(
-                dtype, rows, k_end - k, filters, columns, a_slab, a_row, tail_slab, b, b_step, panel, a, 0, a, 0,
+                dtype, rows, k_end - k, filters, columns, a_slab, a_row, tail_slab, b, b_step, panel, a, 0, 0, a, 0,
                 begin + at, begin_row, offset, y + at, 0, least, most,
             )  # fmt: skip
         begin, begin_row = y, filters
@@ -312,8 +342,8 @@ def multiply_block(
 
     The residual is at y + residual_offset, in bytes; there is none where that is 0.
 
-    The kernel lies in packed `panels`, or is packed into `own`, which has room for one, as it is used. Meanwhile the
-    `ahead_length` elements at `ahead` are brought into L2.
+    The kernel lies in packed `panels`, or is packed into `own`, which has room for two: the first panel as it is used,
+    the others while that before them is. Meanwhile the `ahead_length` elements at `ahead` are brought into L2.
 
     Assumes: a is readable up to a whole tile past its last row, or its last, smaller tile is at `tail` as well;
     `thin` is what `is_thin` says of the whole product, of which the rows may be a part.
@@ -335,26 +365,34 @@ def multiply_block(
     row, length = width * factors(dtype), panel_length(dtype, depth)
     silent = 1 if panels == 0 and column_stride == 1 else 0  # the tile that packs in passing
     lines = lines_of_row(dtype, panels, row, row) if panels != 0 else lines_of_row(dtype, kernel, row_stride, width)
-    asks_ahead = max(0, ceil_div(rows, TILE_ROWS) - silent - lines * ASK_STEP) * _asks(products(dtype, depth))
+    copying, _ = _copied_ahead(dtype, rows, depth, 1) if silent != 0 else (0, 0)
+    asking = copying if copying > 0 else silent + lines * ASK_STEP
+    asks_ahead = max(0, ceil_div(rows, TILE_ROWS) - asking) * _asks(products(dtype, depth))
     step_ahead = min(line, ceil_div(ahead_length, max(1, ceil_div(f_last - f_first, width) * asks_ahead)))
+    other, is_packed = own + length * itemsize, False
     for f in range(f_first, f_last, width):
         columns = min(width, filters - f)
         source, past = kernel + f * column_stride * itemsize, ahead + ahead_length * itemsize
-        b, b_step, panel = panels + f // width * length * itemsize, row, 0
+        b, b_step, panel, next_panel = panels + f // width * length * itemsize, row, 0, 0
         next_b, next_step = b + length * itemsize, row
         if panels == 0:
             b, b_step, panel = source, row_stride, own
             next_b, next_step = source + width * column_stride * itemsize, row_stride
-            if columns < width or column_stride != 1:
+            if is_packed:
+                b, b_step, panel = own, row, 0
+            elif columns < width or column_stride != 1:
                 pack_panel(dtype, depth, columns, source, row_stride, column_stride, own)
                 b, b_step, panel = own, row, 0
+            is_packed = copying > 0 and f + 2 * width <= min(filters, f_last)
+            next_panel = other if is_packed else 0
+            own, other = other, own
         # Not where one tile of rows goes through panels as fast as memory gives them: there the hardware's own reading
         # ahead is 1.2 to 1.8 times as fast (Zen 4). But where a panel's rows collide, and drive each other on from L2
         # to L3: not to wait for memory makes 10x10x1024-1536 1.3 times as fast (Zen 3).
         if rows <= TILE_ROWS:
             next_step = 0
         _multiply_panel(
-            dtype, rows, depth, filters, columns, a, a_row, tail, b, b_step, panel, next_b, next_step,
+            dtype, rows, depth, filters, columns, a, a_row, tail, b, b_step, panel, next_b, next_step, next_panel,
             ahead, step_ahead if ahead < past else 0, start + f * itemsize, 0, residual_offset, y + f * itemsize,
             past_caches, low, high,
         )  # fmt: skip

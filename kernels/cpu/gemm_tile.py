@@ -59,7 +59,7 @@ def gemm_tile(
     def codegen(context, builder, signature, arguments):
         tile_rows, *rest = arguments[1:]
         emit = vectors_of(builder, signature)
-        emit_cases(builder, tile_rows, GEMM_ROWS, lambda height: _gemm_tile(emit, height, *rest))
+        emit_cases(builder, tile_rows, GEMM_ROWS, lambda height: emit_tile(emit, height, *rest))
         return context.get_dummy_value()
 
     bound = arithmetic_type(dtype)
@@ -67,11 +67,14 @@ def gemm_tile(
     return signature, codegen
 
 
-def _gemm_tile(
+def emit_tile(
     emit, height, rows, columns, depth, a, a_row, a_step, b, b_step, panel, ahead, ahead_step,
-    start, start_row, residual_offset, c, c_row, past_caches, low, high,
+    start, start_row, residual_offset, c, c_row, past_caches, low, high, *, copied=None,
 ):  # fmt: skip
-    """One height of `gemm_tile`: height x vectors sums stay in registers, and go to the totals now and then."""
+    """One height of `gemm_tile`: height x vectors sums stay in registers, and go to the totals now and then.
+
+    With each stretch `copied` does what it has to do, if it is there, instead of asking for what is needed later.
+    """
     builder, width = emit.builder, CHOSEN.vectors
     masks = [emit.mask(columns, j * emit.lanes) for j in range(width)]
     sums = [[emit.register(f"sum{height}_{i}_{j}") for j in range(width)] for i in range(height)]
@@ -93,10 +96,10 @@ def _gemm_tile(
         with cgutils.for_range(builder, stretches) as loop:
             stretch = builder.add(builder.sdiv(first, index(STRETCH)), loop.index)
             output.ask_for_rows(stretch)
-            line = emit.at(emit.pointer(ahead), builder.mul(stretch, builder.mul(ahead_step, index(ASKS_A_STRETCH))))
-            for _ in range(ASKS_A_STRETCH):
-                emit.prefetch(line)
-                line = emit.at(line, ahead_step)
+            if copied is not None:
+                copied.copy_some()
+            else:
+                _ask_for_lines(emit, emit.pointer(ahead), ahead_step, stretch)
             with cgutils.for_range(builder, index(STRETCH // UNROLL)):
                 for k, b_vectors in enumerate(b_rows.take_packed(UNROLL)):
                     _multiply_step(emit, sums, a_rows, k, b_vectors)
@@ -109,6 +112,15 @@ def _gemm_tile(
     with builder.if_then(builder.icmp_signed("!=", residual_offset, index(0)), likely=False):
         _add_rows(emit, sums, masks, rows, builder.add(c, residual_offset), c_row)
     _store_tile(emit, sums, masks, rows, columns, c, c_row, past_caches, low, high)
+
+
+def _ask_for_lines(emit: Vectors, first, step, stretch) -> None:
+    """Asks for the lines that are the stretch's."""
+    builder = emit.builder
+    line = emit.at(first, builder.mul(stretch, builder.mul(step, index(ASKS_A_STRETCH))))
+    for _ in range(ASKS_A_STRETCH):
+        emit.prefetch(line)
+        line = emit.at(line, step)
 
 
 class _Kernel:

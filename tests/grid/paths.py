@@ -151,7 +151,7 @@ def _forward_paths(
     packed = kept or bool(gemm._shares_panels(dtype, rows, depth, row_stride, column_stride, workers))
     shares = gemm.shares(rows, workers, packed)
     row_parts = gemm._row_parts(dtype, rows, shares)
-    first, last, _, _ = gemm.work(dtype, rows, filters, 0, shares)
+    first, last, f_first, f_last = gemm.work(dtype, rows, filters, 0, shares)
     left_over, found = (last - first) % gemm.TILE_ROWS, set()
     if packed:
         found.add("product: shared panels")
@@ -159,8 +159,12 @@ def _forward_paths(
         if column_stride == 1 and filters >= width:
             found.add("product: panels packed in passing")
             found |= {"product: rows of the kernel collide"} if gemm.rows_collide(dtype, row_stride) else set()
+        block = gemm.block_range(dtype, first, last, gemm.block_count(dtype, depth, last - first), 0)
         if gemm.is_thin(dtype, rows, row_stride, column_stride):
             found.add(f"product: {'several slabs' if depth > gemm.EARLY else 'one slab'}")
+        elif column_stride == 1 and f_first + 2 * width <= min(filters, f_last):
+            tiles, copies = gemm._copied_ahead(dtype, block[1] - block[0], depth, 1)
+            found |= {f"product: {'several rows' if copies > 1 else 'a row'} copied at once"} if tiles else set()
         if column_stride != 1 or filters % width:
             found.add("product: panels packed apart")
     found |= {f"product: rows {'copied' if pointwise._copied(dtype, depth) else 'in place'}"}
@@ -268,6 +272,8 @@ _PRODUCTS = {f"product: {height} rows left over" for height in _HEIGHTS} | {
     "product: products left over",
     "product: panels packed in passing",
     "product: panels packed apart",
+    "product: a row copied at once",
+    "product: several rows copied at once",
     "product: rows of the kernel collide",
     "product: one slab",
     "product: several slabs",
