@@ -59,7 +59,9 @@ report: ## set up, then make the tables and pictures of races on CPUs anew, from
 	$(setup) tensorflow,demo
 	$(REPORT) $(call races,graniterapids) --readme README.md --figures bench/results
 	$(REPORT) bench/results/xception-bfloat16-graniterapids-2cores.json --readme README.md --marker bench-bfloat16 --figures bench/results
-	$(REPORT) $(call races,zen4) --readme README.md --marker bench-avx512 --figures bench/results/zen4
+	$(REPORT) $(call races,zen5) --readme README.md --marker bench-avx512 --figures bench/results/zen5
+	$(REPORT) bench/results/xception-bfloat16-zen5-2cores.json $(OTHERS) --marker bench-zen5-bfloat16 --figures bench/results/zen5
+	$(REPORT) $(call races,zen4) $(OTHERS) --marker bench-zen4 --figures bench/results/zen4
 	$(REPORT) $(call races,emeraldrapids) $(OTHERS) --marker bench-emeraldrapids --figures bench/results/emeraldrapids
 	$(REPORT) bench/results/xception-bfloat16-zen4-2cores.json $(OTHERS) --marker bench-zen4-bfloat16 --figures bench/results/zen4
 	$(REPORT) $(call races,zen4avx2) $(OTHERS) --marker bench-zen4-avx2 --figures bench/results/zen4avx2
