@@ -15,6 +15,11 @@ def _forward(formula, arguments, out, clamp) -> None:
         out[...] = np.clip(formula(*arguments), *clamp)
 
 
+def _after_relu(x):
+    with np.errstate(all="ignore"):
+        return np.where(x < 0, x.dtype.type(0), x)  # a NaN stays one
+
+
 def _backward(formula, arguments, targets) -> None:
     with np.errstate(all="ignore"):
         for target, value in zip(targets, formula(*arguments), strict=True):
@@ -22,8 +27,9 @@ def _backward(formula, arguments, targets) -> None:
                 target[...] = value
 
 
-def depthwise_forward(g, x, kernel, bias, out, clamp=NO_CLAMP) -> None:
+def depthwise_forward(g, x, kernel, bias, out, clamp=NO_CLAMP, relu_x=False) -> None:
     """Fill out `[N,P,Q,C*M]`."""
+    x = _after_relu(x) if relu_x else x
     _forward(reference.depthwise_forward, (g, x, kernel, bias), out, clamp)
 
 
@@ -42,8 +48,9 @@ def pointwise_backward(x, kernel, dy, dx, d_kernel, d_bias) -> None:
     _backward(reference.pointwise_backward, (x, kernel, dy), (dx, d_kernel, d_bias))
 
 
-def separable_forward(g, x, depthwise_kernel, pointwise_kernel, bias, out, clamp=NO_CLAMP) -> None:
+def separable_forward(g, x, depthwise_kernel, pointwise_kernel, bias, out, clamp=NO_CLAMP, relu_x=False) -> None:
     """Fill out `[N,P,Q,F]`."""
+    x = _after_relu(x) if relu_x else x
     _forward(reference.separable_forward, (g, x, depthwise_kernel, pointwise_kernel, bias), out, clamp)
 
 

@@ -90,12 +90,12 @@ def placed(tensor, shift: int = 0):
     return inside.copy_(tensor)
 
 
-def call(operation: str, before: tuple, inputs: Sequence, results: Sequence, *more) -> None:
+def call(operation: str, before: tuple, inputs: Sequence, results: Sequence, *more, **named) -> None:
     """A function of the CUDA backend on tensors on the card, on PyTorch's current stream."""
     from fastsepconv.bridge import torch_cuda
     from fastsepconv.kernels import cuda
 
-    getattr(cuda, operation)(*before, *torch_cuda.described([*inputs, *results]), *more)
+    getattr(cuda, operation)(*before, *torch_cuda.described([*inputs, *results]), *more, **named)
 
 
 def checked(run: Callable, results: Sequence[tuple]) -> list:

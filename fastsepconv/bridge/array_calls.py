@@ -21,7 +21,8 @@ New = Callable[[int, Shape], Any]
 
 
 def forward(backend: ModuleType, kind: str, operands: Sequence[Any], bias: Any, named: dict, new: New) -> Any:
-    """y `[N,P,Q,F]` from the operands, x and the kernels, and the bias or None; no less than 0 if `named` says "relu".
+    """y `[N,P,Q,F]` from the operands, x and the kernels, and the bias or None; no less than 0 if `named` says "relu",
+    as if x were none if it says "relu_x".
 
     Raises:
         ValueError: a shape is wrong.
@@ -29,11 +30,13 @@ def forward(backend: ModuleType, kind: str, operands: Sequence[Any], bias: Any, 
     x, *kernels = operands
     y = new(0, _output_shape(operands, bias, named))
     clamp = (0.0 if named.get("relu") else -math.inf, math.inf)
+    relu_x = bool(named.get("relu_x"))
     if kind == "Depthwise":
-        backend.depthwise_forward(_geometry(operands, named), x, *kernels, bias, y, clamp)
+        backend.depthwise_forward(_geometry(operands, named), x, *kernels, bias, y, clamp, relu_x)
     elif kind == "Separable":
         depthwise, pointwise = kernels
-        backend.separable_forward(_geometry(operands, named), x, depthwise, _matrix(pointwise), bias, y, clamp)
+        g = _geometry(operands, named)
+        backend.separable_forward(g, x, depthwise, _matrix(pointwise), bias, y, clamp, relu_x)
     else:
         backend.pointwise_forward(_matrix(x), _matrix(kernels[0]), bias, _matrix(y), clamp)
     return y

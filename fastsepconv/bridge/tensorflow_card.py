@@ -154,7 +154,7 @@ def _run_node(api: CApi, state: int, context: int) -> None:
         attribute: words[first] if length == 1 else tuple(words[first : first + length])
         for attribute, (first, length, *_) in definition.attributes.items()
     }
-    if named.get("relu_x") or named.get("residuals"):
+    if named.get("residuals"):
         raise Refusal(UNIMPLEMENTED, f"{name} of a model that was frozen for the CPU does not run on a card")
     kind = name.removeprefix("Fastsepconv").removesuffix("Grad")
     count = len(definition.inputs) - max(1, len(definition.lists))  # of the operands; dy, or lists, come after them

@@ -48,8 +48,7 @@ def as_constants(model: keras.Model) -> Callable[..., Any]:
     if fuses:
         _take_in_sums(definition.node, _shapes_of(graph, specs))
     _take_in_relus(definition.node)
-    if fuses:
-        _take_in_relus_of_x(definition.node)
+    _take_in_relus_of_x(definition.node)
     names = [tensor.name for tensor in concrete.inputs[: len(specs)]]
     imported = tf.compat.v1.wrap_function(lambda: tf.graph_util.import_graph_def(definition, name=""), [])
     frozen = imported.prune(names, [tensor.name for tensor in concrete.outputs])

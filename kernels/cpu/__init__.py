@@ -2,7 +2,7 @@
 
 The dtype is float32 or float64, forward also bfloat16. A module an operation; each is handed raw addresses, so that one
 compiled function serves arrays and tensors alike. `clamp` is a fused activation: (low, high) bounds of y, (0, inf) for
-relu; NaN passes.
+relu; `relu_x` asks for max(x, 0) instead of x. NaN passes both.
 """
 
 from __future__ import annotations
@@ -28,8 +28,12 @@ def _scalar_type(array: np.ndarray) -> type[np.generic]:
     return kind if kind in (np.float32, np.float64) else BFLOAT16
 
 
-def _bounds(dtype: type[np.generic], clamp: tuple[float, float]) -> tuple[np.floating, ...]:
-    return tuple(map(np.float64 if dtype is np.float64 else np.float32, clamp))
+def _bounds(dtype: type[np.generic], *bounds: float) -> tuple[np.floating, ...]:
+    return tuple(map(np.float64 if dtype is np.float64 else np.float32, bounds))
+
+
+def _lowest(relu_x: bool) -> float:
+    return 0.0 if relu_x else -np.inf
 
 
 def _threads() -> int:
@@ -37,11 +41,11 @@ def _threads() -> int:
     return threads.get_num_threads()
 
 
-def depthwise_forward(g: Geometry, x, kernel, bias, out, clamp=UNBOUNDED) -> None:
+def depthwise_forward(g: Geometry, x, kernel, bias, out, clamp=UNBOUNDED, relu_x=False) -> None:
     """Fills out `[N,P,Q,C*M]` from x `[N,H,W,C]`, kernel `[R,S,C,M]`, bias `[C*M]` or None."""
     dtype = _scalar_type(out)
     arrays = map(_address, (x, kernel, bias, out))
-    depthwise.forward(dtype, g, *arrays, *_bounds(dtype, clamp), _threads())
+    depthwise.forward(dtype, g, *arrays, *_bounds(dtype, _lowest(relu_x), *clamp), _threads())
 
 
 def depthwise_backward(g: Geometry, x, kernel, dy, dx, d_kernel, d_bias) -> None:
@@ -54,7 +58,7 @@ def pointwise_forward(x, kernel, bias, out, clamp=UNBOUNDED) -> None:
     """Fills out `[rows,F]` from x `[rows,K]`, kernel `[K,F]`, bias `[F]` or None."""
     dtype = _scalar_type(out)
     arrays = map(_address, (x, kernel, bias, out))
-    pointwise.forward(dtype, x.shape[0], *kernel.shape, *arrays, *_bounds(dtype, clamp), _threads())
+    pointwise.forward(dtype, x.shape[0], *kernel.shape, *arrays, *_bounds(dtype, *clamp), _threads())
 
 
 def pointwise_backward(x, kernel, dy, dx, d_kernel, d_bias) -> None:
@@ -63,12 +67,14 @@ def pointwise_backward(x, kernel, dy, dx, d_kernel, d_bias) -> None:
     pointwise.backward(_scalar_type(dy), x.shape[0], *kernel.shape, *arrays, _threads())
 
 
-def separable_forward(g: Geometry, x, depthwise_kernel, pointwise_kernel, bias, out, clamp=UNBOUNDED) -> None:
+def separable_forward(
+    g: Geometry, x, depthwise_kernel, pointwise_kernel, bias, out, clamp=UNBOUNDED, relu_x=False
+) -> None:
     """Fills out `[N,P,Q,F]` from x `[N,H,W,C]`, kernels `[R,S,C,M]` and `[C*M,F]`, bias `[F]` or None."""
     dtype = _scalar_type(out)
     arrays = map(_address, (x, depthwise_kernel, pointwise_kernel, bias, out))
     filters = pointwise_kernel.shape[1]
-    separable.forward(dtype, g, filters, *arrays, *_bounds(dtype, clamp), _threads())
+    separable.forward(dtype, g, filters, *arrays, *_bounds(dtype, _lowest(relu_x), *clamp), _threads())
 
 
 def separable_backward(

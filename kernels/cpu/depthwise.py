@@ -360,9 +360,9 @@ def convolve(dtype, g, x, x_low, kernel, bias, y, low, high, threads):
 
 
 @entry
-def forward(dtype, g, x, kernel, bias, y, low, high, threads):
+def forward(dtype, g, x, kernel, bias, y, x_low, low, high, threads):
     """Fills y `[N,P,Q,C*M]`. bias may be 0 (absent)."""
-    convolve(dtype, g, x, -infinity(dtype), kernel, bias, y, low, high, threads)
+    convolve(dtype, g, x, x_low, kernel, bias, y, low, high, threads)
 
 
 @kernel

@@ -116,9 +116,8 @@ def try_forward(dtype, g, filters, x, x_low, depthwise, pointwise, kept, bias, r
 
 
 @entry
-def forward(dtype, g, filters, x, depthwise, pointwise, bias, y, low, high, threads):
+def forward(dtype, g, filters, x, depthwise, pointwise, bias, y, x_low, low, high, threads):
     """Fills y `[N,P,Q,F]`. bias may be 0 (absent)."""
-    x_low = -infinity(dtype)
     require(try_forward(dtype, g, filters, x, x_low, depthwise, pointwise, 0, bias, 0, y, low, high, threads))
 
 

@@ -2,7 +2,8 @@
 
 Arrays are C-contiguous and channels-last, of float32, float64, float16 or bfloat16, checked by the caller: all NumPy
 arrays, which are copied to the card and back, or all on the card (`device_array.DeviceArray`), which are
-used where they are, on their stream. `clamp` is a fused activation: (low, high) bounds of y; NaN passes.
+used where they are, on their stream. `clamp` is a fused activation: (low, high) bounds of y; `relu_x` asks for
+max(x, 0) instead of x. NaN passes both.
 
 The plain kernels serve every call; FASTSEPCONV_CUDA_TIER=fast asks for others where they can (`settings`, `tiers`).
 Importing this needs numba-cuda. With NUMBA_ENABLE_CUDASIM=1 the plain kernels run in Numba's simulator.
@@ -20,11 +21,11 @@ UNBOUNDED = (float("-inf"), float("inf"))
 FORWARD_HALVES: frozenset[str] = frozenset()  # that NumPy arrays come in: they come as float32
 
 
-def depthwise_forward(g: Geometry, x, kernel, bias, out, clamp=UNBOUNDED) -> None:
+def depthwise_forward(g: Geometry, x, kernel, bias, out, clamp=UNBOUNDED, relu_x=False) -> None:
     """Fills out `[N,P,Q,C*M]` from x `[N,H,W,C]`, kernel `[R,S,C,M]`, bias `[C*M]` or None."""
 
     def compute(x, kernel, bias, out, stream) -> None:
-        tiers.run("depthwise_forward", g, x, kernel, bias, out, clamp, stream)
+        tiers.run("depthwise_forward", g, x, kernel, bias, out, clamp, relu_x, stream)
 
     memory.run(compute, {"x": x, "depthwise_kernel": kernel, "bias": bias}, {"out": out})
 
@@ -62,12 +63,15 @@ def pointwise_backward(x, kernel, dy, dx, d_kernel, d_bias) -> None:
     )
 
 
-def separable_forward(g: Geometry, x, depthwise_kernel, pointwise_kernel, bias, out, clamp=UNBOUNDED) -> None:
+def separable_forward(
+    g: Geometry, x, depthwise_kernel, pointwise_kernel, bias, out, clamp=UNBOUNDED, relu_x=False
+) -> None:
     """Fills out `[N,P,Q,F]` from x `[N,H,W,C]`, kernels `[R,S,C,M]` and `[C*M,F]`, bias `[F]` or None."""
     filters = pointwise_kernel.shape[1]
 
-    def compute(x, depthwise_kernel, pointwise_kernel, bias, out, stream) -> None:
-        tiers.run("separable_forward", g, filters, x, depthwise_kernel, pointwise_kernel, bias, out, clamp, stream)
+    def compute(*operands) -> None:
+        *arrays, stream = operands
+        tiers.run("separable_forward", g, filters, *arrays, clamp, relu_x, stream)
 
     inputs = {"x": x, "depthwise_kernel": depthwise_kernel, "pointwise_kernel": pointwise_kernel, "bias": bias}
     memory.run(compute, inputs, {"out": out})

@@ -15,12 +15,24 @@ from .launch import GEOMETRY, Kernel, Stream, made_once
 from .memory import ABSENT, Operand, scratch
 
 
-def forward(g: Geometry, x: Operand, kernel: Operand, bias: Operand | None, y: Operand, clamp, stream: Stream) -> None:
+def forward(
+    g: Geometry,
+    x: Operand,
+    kernel: Operand,
+    bias: Operand | None,
+    y: Operand,
+    clamp,
+    relu_x: bool,
+    stream: Stream,
+) -> None:
     """Fills y `[N,P,Q,C*M]` from x `[N,H,W,C]`, kernel `[R,S,C,M]`, bias `[C*M]` (of the kernel's element) or None."""
     run = forward_kernel(x.element, kernel.element, y.element)
     added = bias or ABSENT
     count = g.batch * g.out_height * g.out_width * g.channels * g.multiplier
-    run.over(count, stream, g, x.pointer, kernel.pointer, added.pointer, int(bias is not None), y.pointer, *clamp)
+    run.over(
+        count, stream, g, x.pointer, int(relu_x), kernel.pointer, added.pointer, int(bias is not None), y.pointer,
+        *clamp,
+    )  # fmt: skip
 
 
 def backward(
@@ -55,12 +67,14 @@ def forward_kernel(x_element: str, kernel_element: str, y_element: str) -> Kerne
     """The forward kernel for arrays of these elements."""
     load_x, load_kernel = ELEMENTS[x_element].load, ELEMENTS[kernel_element].load
     store, accumulator = ELEMENTS[y_element].store, getattr(np, sums_of(x_element, kernel_element, y_element))
+    zero = getattr(np, sums_of(x_element))(0)
 
-    def depthwise_forward(g, x, kernel, bias, biased, y, low, high):
+    def depthwise_forward(g, x, relu_x, kernel, bias, biased, y, low, high):
         """y[n,p,q,c*M+m] = clamp(bias[c*M+m]
             + sum over r, s of x[n, p*sh+r*dh-top, q*sw+s*dw-left, c] * kernel[r,s,c,m])
 
-        x `[N,H,W,C]`, kernel `[R,S,C,M]`, bias `[C*M]` (read where `biased`), y `[N,P,Q,C*M]`.
+        x `[N,H,W,C]` (max(x, 0) where `relu_x`), kernel `[R,S,C,M]`, bias `[C*M]` (read where `biased`),
+        y `[N,P,Q,C*M]`.
         Parallel over: the elements of y. Assumes: nothing of the sizes.
         """
         channels = g.channels * g.multiplier
@@ -80,7 +94,10 @@ def forward_kernel(x_element: str, kernel_element: str, y_element: str) -> Kerne
                         if 0 <= w < g.width:
                             source = ((n * g.height + h) * g.width + w) * g.channels + c
                             tap = ((r * g.kernel_width + s) * g.channels + c) * g.multiplier + m
-                            total += load_x(x, source) * load_kernel(kernel, tap)
+                            value = load_x(x, source)
+                            if relu_x and value < 0:
+                                value = zero
+                            total += value * load_kernel(kernel, tap)
             if biased:
                 total += load_kernel(bias, k)
             store(y, i, clamped(total, low, high))
@@ -91,7 +108,7 @@ def forward_kernel(x_element: str, kernel_element: str, y_element: str) -> Kerne
     return Kernel(
         depthwise_forward,
         (x_element, kernel_element, y_element),
-        (GEOMETRY, *pointers[:2], pointers[1], types.int32, pointers[2], bound, bound),
+        (GEOMETRY, pointers[0], types.int32, *[pointers[1]] * 2, types.int32, pointers[2], bound, bound),
     )
 
 

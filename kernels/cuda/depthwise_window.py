@@ -43,7 +43,7 @@ def tap_loader(dtype: str, width: int, taps: int):
     return in_turn([step(tap) for tap in range(taps)])
 
 
-def window_rounds(dtype: str, tile: WindowTile, relu: bool, put):
+def window_rounds(dtype: str, tile: WindowTile, put):
     """run_round((group, (sums, weights), source, target)): one round of the slots.
 
     `put((sums, place, done, target))` takes each output that is complete, the `done`-th of its segment (which may lie
@@ -67,7 +67,7 @@ def window_rounds(dtype: str, tile: WindowTile, relu: bool, put):
             inside = (before + at >= 0) & (before + at < width) & (above + row >= 0) & (above + row < height)
             load(registers, mine & inside, x, offset + (np.int64(row) * width + at) * channels)
             unpack(inputs, 0, registers)
-            if relu:
+            if tile.relu:
                 for i in range(vector):
                     inputs[i] = select(inputs[i] < np.float32(0), np.float32(0), inputs[i])
             for back in range(slots):
@@ -101,8 +101,8 @@ def window_rounds(dtype: str, tile: WindowTile, relu: bool, put):
 
 
 @cache
-def forward(dtype: str, tile: WindowTile, relu: bool = False) -> TiledKernel:
-    """The forward pass, of max(x, 0) instead of x if `relu`.
+def forward(dtype: str, tile: WindowTile) -> TiledKernel:
+    """The forward pass, of max(x, 0) instead of x if `tile.relu`.
 
     kernel(x, w, bias, y, rows, height, width, channels, out_height, out_width, top, left, groups, segments,
            channel_bits, has_bias, low, high), where rows = N*P; groups, segments and channel_bits are the tile's.
@@ -124,7 +124,7 @@ def forward(dtype: str, tile: WindowTile, relu: bool = False) -> TiledKernel:
         pack(registers, sums, place)
         store(registers, wanted & (done >= 0) & (done < count), y, offset + np.int64(done) * channels)
 
-    run_round = window_rounds(dtype, tile, relu, put)
+    run_round = window_rounds(dtype, tile, put)
 
     @inlined
     def load_bias(added, wanted, bias, channel):

@@ -18,7 +18,7 @@ from .tiles import WindowTile
 
 
 def serves_forward(
-    g: Geometry, x: Operand, kernel: Operand, bias: Operand | None, y: Operand, clamp, stream: Stream
+    g: Geometry, x: Operand, kernel: Operand, bias: Operand | None, y: Operand, clamp, relu_x: bool, stream: Stream
 ) -> bool:
     """Whether `forward` can take these."""
     return fast_kernels.takes((x, kernel, bias, y)) and forward_tile(g, x.element) is not None
@@ -40,9 +40,10 @@ def serves_backward(
 
 
 @lru_cache(tiles.CHOICES_KEPT)
-def forward_tile(g: Geometry, element: str) -> WindowTile | None:
+def forward_tile(g: Geometry, element: str, relu_x: bool = False) -> WindowTile | None:
     """The forward tile of a geometry; None where it is the plain tier's."""
-    return tiles.depthwise_forward(element, *_taps_and_strides(g), g.channels) if _countable(g) else None
+    tile = tiles.depthwise_forward(element, *_taps_and_strides(g), g.channels) if _countable(g) else None
+    return tile._replace(relu=True) if tile and relu_x else tile
 
 
 @lru_cache(tiles.CHOICES_KEPT)
@@ -61,9 +62,11 @@ def _countable(g: Geometry) -> bool:
     return plain and all(fast_kernels.spans(count, g.channels) for count in pixels)
 
 
-def forward(g: Geometry, x: Operand, kernel: Operand, bias: Operand | None, y: Operand, clamp, stream: Stream) -> None:
+def forward(
+    g: Geometry, x: Operand, kernel: Operand, bias: Operand | None, y: Operand, clamp, relu_x: bool, stream: Stream
+) -> None:
     """Fills y `[N,P,Q,C]` from x `[N,H,W,C]`, kernel `[R,S,C,1]`, bias `[C]` or None."""
-    tile, added, rows = _known(forward_tile(g, x.element)), bias or ABSENT, g.batch * g.out_height
+    tile, added, rows = _known(forward_tile(g, x.element, relu_x)), bias or ABSENT, g.batch * g.out_height
     fast_kernels.run(
         depthwise_window.forward, (x.element, tile), (rows, g.channels, g.out_width), stream,
         x.pointer, kernel.pointer, added.pointer, y.pointer,

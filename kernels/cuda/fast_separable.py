@@ -38,13 +38,15 @@ def forward(
     bias: Operand | None,
     y: Operand,
     clamp,
+    relu_x: bool,
     stream: Stream,
 ) -> None:
     """Fills y `[N,P,Q,F]` from x `[N,H,W,C]`, kernels `[R,S,C,M]` and `[C*M,F]`, bias `[F]` or None."""
     tile = _fused(g, filters, x.element, stream)
     if tile is None:
-        separable.forward(g, filters, x, depthwise_kernel, pointwise_kernel, bias, y, clamp, stream, FAST)
+        separable.forward(g, filters, x, depthwise_kernel, pointwise_kernel, bias, y, clamp, relu_x, stream, FAST)
         return
+    tile = tile.after_relu() if relu_x else tile
     rows, channels = separable.mid_sizes(g)
     added, window = bias or ABSENT, tile.window
     fast_kernels.run(

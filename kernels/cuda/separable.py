@@ -41,13 +41,14 @@ def forward(
     bias: Operand | None,
     y: Operand,
     clamp,
+    relu_x: bool,
     stream: Stream,
     steps: Steps = PLAIN,
 ) -> None:
     """Fills y `[N,P,Q,F]` from x `[N,H,W,C]`, kernels `[R,S,C,M]` and `[C*M,F]`, bias `[F]` or None."""
     rows, channels = mid_sizes(g)
     with scratch(rows * channels, steps.between(x.element), stream) as mid:
-        steps.depthwise_forward(g, x, depthwise_kernel, None, mid, UNBOUNDED, stream)
+        steps.depthwise_forward(g, x, depthwise_kernel, None, mid, UNBOUNDED, relu_x, stream)
         steps.pointwise_forward(rows, channels, filters, mid, pointwise_kernel, bias, y, clamp, stream)
 
 
@@ -71,7 +72,7 @@ def backward(
         mid = d_mid = None
         if d_pointwise:
             mid = held.enter_context(scratch(rows * channels, steps.between(x.element), stream))
-            steps.depthwise_forward(g, x, depthwise_kernel, None, mid, UNBOUNDED, stream)
+            steps.depthwise_forward(g, x, depthwise_kernel, None, mid, UNBOUNDED, False, stream)
         if dx or d_depthwise:
             d_mid = held.enter_context(scratch(rows * channels, steps.between(dy.element), stream))
         steps.pointwise_backward(

@@ -66,7 +66,7 @@ def _mid_row_bytes(channels):
     return ((channels + 31) // 32 * 4 | 1) * 16
 
 
-def _filler(dtype: str, tile: SeparableTile, relu: bool):
+def _filler(dtype: str, tile: SeparableTile):
     """fill(shared, x, dw, first, rows, ...): the block's rows of mid, from pixel `first` on, into shared memory.
 
     A thread takes 8 channels of a piece of an image row, and slides along it; pieces that lie outside of the block
@@ -92,7 +92,7 @@ def _filler(dtype: str, tile: SeparableTile, relu: bool):
         inside = wanted & (done >= begin) & (done < end)
         ptx.store_shared_128(inside, select(inside, target + done * row_bytes, 0), registers, 0)
 
-    run_round = window_rounds(dtype, window, relu, put)
+    run_round = window_rounds(dtype, window, put)
 
     @inlined
     def fill(shared, x, dw, first, rows, height, width, channels, out_height, out_width, top, left, groups, segments):
@@ -145,8 +145,8 @@ def _blanker(tile: SeparableTile):
 
 
 @cache
-def forward(dtype: str, tile: SeparableTile, relu: bool = False) -> TiledKernel:
-    """y, of max(x, 0) instead of x if `relu`.
+def forward(dtype: str, tile: SeparableTile) -> TiledKernel:
+    """y, of max(x, 0) instead of x if `tile.window.relu`.
 
     kernel(x, dw, w, bias, y, rows, height, width, channels, filters, out_height, out_width, top, left, groups,
            segments, has_bias, low, high), where rows = N*P*Q; groups and segments are those of `tile.window`.
@@ -161,7 +161,7 @@ def forward(dtype: str, tile: SeparableTile, relu: bool = False) -> TiledKernel:
     multiply = gemm_tile.multiplier(numbers, row_tiles, column_tiles)
     finish = gemm_tile.finisher(numbers, row_tiles, column_tiles)
     store = gemm_tile.storer(2, dtype, row_tiles, column_tiles, 16)
-    fill, blank = _filler(dtype, tile, relu), _blanker(tile)
+    fill, blank = _filler(dtype, tile), _blanker(tile)
     stage_bytes, room = layout.bytes, 16 * spread_bytes(8 * column_tiles, 2)
     count, a_registers, b_registers = gemm.sums, 4 * row_tiles, 2 * column_tiles
 

@@ -8,7 +8,7 @@ The reasons are arithmetic; what has been raced on a card, the README tells.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -240,10 +240,11 @@ class WindowTile(NamedTuple):
     width: int  # channels a thread
     blocks: int
     reason: str
+    relu: bool = False  # whether x passes a ReLU first: forward
 
     @property
     def name(self) -> str:
-        return f"{self.taps}x{self.taps}_s{self.stride}_c{self.width}"
+        return f"{self.taps}x{self.taps}_s{self.stride}_c{self.width}{'_relu' * self.relu}"
 
     @property
     def slots(self) -> int:
@@ -324,6 +325,10 @@ class SeparableTile(NamedTuple):
     def name(self) -> str:
         return f"{self.gemm.name}_{self.window.name}"
 
+    def after_relu(self) -> SeparableTile:
+        """The same for an x that passes a ReLU first."""
+        return self._replace(window=self.window._replace(relu=True))
+
 
 _WINDOW_FLOAT = WindowTile(
     3, 1, 4, 4,
@@ -339,6 +344,15 @@ WINDOWS: dict[str, dict[int, WindowTile]] = {  # forward, by stride
     "bfloat16": {1: _WINDOW_HALF, 2: _WINDOW_HALF._replace(stride=2, blocks=2)},
     "float16": {1: _WINDOW_HALF, 2: _WINDOW_HALF._replace(stride=2, blocks=2)},
 }
+
+
+def forward_windows(dtype: str) -> Iterator[WindowTile]:
+    """The tiles of the forward pass, each without a ReLU of x and with one."""
+    for window in WINDOWS[dtype].values():
+        yield window
+        yield window._replace(relu=True)
+
+
 _GRADIENT_WINDOW = WindowTile(
     3, 1, 4, 3,
     "4 channels of any dtype: taps and sums of d_w, 36 each, with windows of x and d_x of 12 fill 168 registers",

@@ -21,7 +21,10 @@ from fastsepconv.kernels.cuda import launch, memory
 from fastsepconv.models import xception
 from tests.bridge import oracle
 from tests.bridge.cases import KINDS, WINDOWS, add_node, assert_second_order, gradients, operands, window_of
+from tests.bridge.frozen import frozen_nodes, marks, needed
 from tests.tolerances import assert_close
+
+__all__ = ["frozen_nodes"]
 
 MEMORY = {"memory_limit": 8192} if CARD == "GPU" else {}  # megabytes
 (DEVICE, *_) = tf.config.list_physical_devices(CARD) or [None]
@@ -89,8 +92,8 @@ def test_the_bridge_says_which_way_it_takes(backend):
     assert status["backend"] == ("cuda" if backend == "cuda" else "cpu")
 
 
-def test_a_frozen_model(rng, ran):
-    """A ReLU behind a convolution is computed by its node; one before it, and a sum, by TensorFlow."""
+def test_a_frozen_model(rng, ran, frozen_nodes):
+    """ReLUs before and behind a convolution are computed by its node, a sum by TensorFlow."""
     image = keras.Input((5, 6, 4))
     y = fastsepconv.FastSeparableConv2D(8, 3, padding="same")(keras.layers.ReLU()(image - 0.5))
     y = keras.layers.Add()([keras.layers.BatchNormalization()(y), keras.layers.Conv2D(8, 1)(image)])
@@ -101,13 +104,14 @@ def test_a_frozen_model(rng, ran):
     x = rng.standard_normal((2, 5, 6, 4)).astype("float32")
     y = fastsepconv.freeze(model)(x).numpy()
     assert ran and 0 < np.count_nonzero(y) < y.size
+    assert "Relu" not in needed(frozen_nodes) and sum(marks(frozen_nodes, "residuals")) == 0
     np.testing.assert_allclose(y, fastsepconv.revert(model)(x), rtol=1e-4, atol=1e-5)
 
 
 def test_what_was_frozen_for_the_cpu_is_refused():
     @tf.function(autograph=False)
     def graph(x):
-        return add_node("Depthwise", x, tf.ones((3, 3, 4, 1)), relu_x=1)
+        return add_node("Pointwise", x, tf.ones((4, 4)), residual=[x])
 
     with pytest.raises(tf.errors.UnimplementedError, match="frozen for the CPU does not run on a card"):
         graph(tf.ones((1, 5, 5, 4)))

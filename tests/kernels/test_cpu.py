@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
+from fastsepconv import formulas
 from fastsepconv.kernels import cpu, reference
 from fastsepconv.kernels.cpu import gemm, threads
 from fastsepconv.kernels.geometry import Geometry, effective_size, resolve
@@ -182,6 +183,24 @@ def test_clamps_and_keeps_nan(operation, clamp, rng):
     unclamped = np.full(out, 7, "float32")
     getattr(cpu, f"{operation}_forward")(*window, *inputs, unclamped)
     np.testing.assert_array_equal(y, np.clip(unclamped, *clamp))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("operation", ["depthwise", "separable"])
+@pytest.mark.parametrize("backend", [cpu, formulas], ids=["cpu", "reference"])
+def test_a_relu_of_x_first(backend, operation, dtype, rng):
+    g = drawn_geometry(rng)._replace(batch=2)
+    x, depthwise = (rng.standard_normal(shape).astype(dtype) for shape in (g.input_shape, g.kernel_shape))
+    x.flat[0] = np.nan
+    filters = g.channels * g.multiplier
+    kernels = [depthwise, rng.standard_normal((filters, 7)).astype(dtype)][: 1 + (operation == "separable")]
+    out = (*g.output_shape[:3], kernels[-1].shape[1] if operation == "separable" else filters)
+    y, expected = np.full((2, *out), 7, dtype)
+    forward = getattr(backend, f"{operation}_forward")
+    forward(g, x, *kernels, None, y, relu_x=True)
+    with np.errstate(invalid="ignore"):
+        forward(g, np.where(x < 0, np.zeros(1, dtype), x), *kernels, None, expected)
+    np.testing.assert_array_equal(y, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

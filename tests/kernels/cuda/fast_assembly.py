@@ -46,7 +46,6 @@ TABLE = Path(__file__).with_name("fast_assembly.json")
 TOOLKITS = ("cuda12", "cuda13")
 TOOLS = ("numba-cuda", "llvmlite", "nvidia-cuda-nvcc", "nvidia-nvvm", "nvidia-cuda-nvcc-cu12")
 CAPABILITIES = {LEAST_CAPABILITY: ("sm_80", "sm_90"), tiles.HOPPER: ("sm_90a",)}  # by what kernels are made of
-RELU = " after ReLU"
 INSTRUCTIONS = {
     "products": r"w?g?mma\.(?:sync|mma_async)",
     "copies": r"cp\.async\.c[ag]\.shared",
@@ -64,12 +63,12 @@ def makers(capability: tuple[int, int] = tiles.HOPPER[:2]) -> Iterator[tuple[Mak
     Every dtype and tile of the tables is here; cards of Hopper's capability run all.
     """
     for dtype, gemm in itertools.product(("bfloat16", "float16"), tiles.SEPARABLE_GEMMS):
-        for window in tiles.WINDOWS[dtype].values():
+        for window in tiles.forward_windows(dtype):
             yield separable_rows.forward, (dtype, tiles.SeparableTile(gemm, window))
     for dtype in ELEMENTS:
         for window in tiles.GRADIENT_WINDOWS.values():
             yield depthwise_window.backward, (dtype, window)
-        for window in tiles.WINDOWS[dtype].values():
+        for window in tiles.forward_windows(dtype):
             yield depthwise_window.forward, (dtype, window)
     warpgroups = tiles.WARPGROUP_POINTWISE if capability == tiles.HOPPER[:2] else {}
     for dtype, found in (*tiles.POINTWISE.items(), *warpgroups.items()):
@@ -83,12 +82,9 @@ def makers(capability: tuple[int, int] = tiles.HOPPER[:2]) -> Iterator[tuple[Mak
 
 
 def kernels() -> Iterator[tuple[str, tiles.TiledKernel]]:
-    """Every kernel by its name; those that have it also with a ReLU before them, which no operation asks for yet."""
+    """Every kernel by its name."""
     for make, which in makers():
-        name = made(make, *which).kernel.name
-        yield name, make(*which)
-        if make in (depthwise_window.forward, separable_rows.forward):
-            yield f"{name}{RELU}", make(*which, True)
+        yield made(make, *which).kernel.name, make(*which)
 
 
 def compiled(kernel: tiles.TiledKernel) -> str:

@@ -37,7 +37,7 @@ TILES = [
     for dtype, found in [*tiles.POINTWISE.items(), *tiles.WARPGROUP_POINTWISE.items()]
     for tile in found
 ]
-LEFT_OUT = (fast_assembly.RELU, "rows64", "rows128")
+LEFT_OUT = ("_relu", "rows64", "rows128")
 SAMPLED_PRODUCTS = (",small]", "[bfloat16,warpgroups256]", "[tf32,warpgroups256]")
 SAMPLE = [
     name

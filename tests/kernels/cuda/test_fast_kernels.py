@@ -219,7 +219,8 @@ def check_depthwise_forward(dtype, window, padding, image, rng):
     sizes = (rows, channels, g.out_width)
     for relu in (False, True):
         y[...] = poisoned(1, dtype)
-        watched = emulator.run(MODULES, depthwise_window.forward, (dtype, window, relu), sizes, arguments)
+        tile = window._replace(relu=relu)
+        watched = emulator.run(MODULES, depthwise_window.forward, (dtype, tile), sizes, arguments)
         values = [valued(a, dtype) for a in (x, w, bias)]
         values[0] = values[0].clip(0) if relu else values[0]
         assert_close("y", valued(y, dtype), reference.depthwise_forward(g, *values).clip(*bounds), dtype)
@@ -227,7 +228,7 @@ def check_depthwise_forward(dtype, window, padding, image, rng):
 
 
 def test_a_nan_passes_the_prologue_and_the_epilogue(rng):
-    image, window = (1, 4, 5, 8), tiles.WINDOWS["float32"][1]
+    image, window = (1, 4, 5, 8), tiles.WINDOWS["float32"][1]._replace(relu=True)
     g = geometry.resolve(image, (3, 3, 8, 1), (1, 1), "valid", (1, 1))
     x, w = rng.standard_normal(image).astype(np.float32), np.ones((3, 3, 8), np.float32)
     x[0, 0, 0, 3] = np.nan
@@ -236,7 +237,7 @@ def test_a_nan_passes_the_prologue_and_the_epilogue(rng):
         x, w, np.zeros(8, np.float32), y, 2, 4, 5, 8, 2, 3, 0, 0, window.groups(3), 1, window.channel_bits(8), 0,
         np.float32(0), np.float32(6),
     )  # fmt: skip
-    emulator.run(MODULES, depthwise_window.forward, ("float32", window, True), (2, 8, 3), arguments)
+    emulator.run(MODULES, depthwise_window.forward, ("float32", window), (2, 8, 3), arguments)
     assert np.argwhere(np.isnan(y)).tolist() == [[0, 0, 0, 3]]
 
 
@@ -304,7 +305,7 @@ SEPARABLE = [  # the tile's rows, dtype, stride, image, filters
 @pytest.mark.parametrize(("rows", "dtype", "stride", "image", "filters"), SEPARABLE)
 def test_separable_forward(rows, dtype, stride, image, filters, rng):
     gemm = next(tile for tile in tiles.SEPARABLE_GEMMS if tile.rows == rows)
-    tile = tiles.SeparableTile(gemm, tiles.WINDOWS[dtype][stride])
+    tile = tiles.SeparableTile(gemm, tiles.WINDOWS[dtype][stride]).after_relu()
     _, height, width, channels = image
     g = geometry.resolve(image, (3, 3, channels, 1), (stride, stride), "same", (1, 1))
     shapes = image, g.kernel_shape, (channels, filters), (filters,)
@@ -315,7 +316,7 @@ def test_separable_forward(rows, dtype, stride, image, filters, rng):
         x, depthwise, pointwise, bias, y, pixels, height, width, channels, filters, g.out_height, g.out_width,
         g.pad_top, g.pad_left, tile.window.groups(g.out_width), tile.window.segments(g.out_width), 1, *bounds,
     )  # fmt: skip
-    watched = emulator.run(MODULES, separable_rows.forward, (dtype, tile, True), (pixels, channels), arguments)
+    watched = emulator.run(MODULES, separable_rows.forward, (dtype, tile), (pixels, channels), arguments)
     mid = reference.depthwise_forward(g, valued(x, dtype).clip(0), valued(depthwise, dtype))
     rounded = valued(stored(mid, dtype), dtype).reshape(pixels, channels)
     exact = reference.pointwise_forward(rounded, valued(pointwise, dtype), valued(bias, dtype))

@@ -175,6 +175,30 @@ def test_separable_in_two_kernels(half, why, emulated, monkeypatch, rng):
     assert names(emulated) == ["depthwise_forward", "pointwise_forward"]
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_relu_of_x_first(numbers, stride, emulated, monkeypatch, rng):
+    """In the one kernel that is fused, in the first of two, and in that of a depthwise convolution alone."""
+    from fastsepconv.kernels.cuda import fast_separable
+
+    monkeypatch.setattr(fast_separable, "MID_COST", INFINITE)
+    dtype, g = DTYPES[numbers], resolve((2, 5, 23, 40), (3, 3, 40, 1), (stride, stride), "same", (1, 1))
+    x, *kernels = (array.astype(dtype) for array in separable_inputs(rng, g, 24))
+    for operation, operands, out in (
+        ("depthwise", kernels[:1], g.output_shape),
+        ("separable", kernels, (*g.output_shape[:3], 24)),
+    ):
+        y, expected = np.full((2, *out), 7, dtype)
+        compute = getattr(cuda, f"{operation}_forward")
+        compute(g, x, *operands, None, y, relu_x=True)
+        assert sum("_relu]" in name for name in emulated.ran) == 1
+        emulated.ran.clear()
+        compute(g, np.maximum(x, dtype(0)), *operands, None, expected)
+        assert not any("_relu]" in name for name in emulated.ran)
+        np.testing.assert_array_equal(y, expected)
+        emulated.ran.clear()
+    assert not emulated.memory
+
+
 @pytest.mark.parametrize("operation", ["depthwise", "pointwise", "separable"])
 def test_only_what_is_wanted_is_computed_and_the_same_bits_at_every_call(operation, emulated, rng):
     g = resolve((2, 5, 6, 16), (3, 3, 16, 1), (1, 1), "same", (1, 1))

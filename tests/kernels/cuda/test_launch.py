@@ -46,15 +46,15 @@ def test_arguments_reach_the_driver_on_the_callers_stream_and_nothing_waits(doub
     (launch,) = double.launches
     count = int(np.prod(G.output_shape))
     assert launch == {"grid": (-(-count // 256), 1, 1), "block": (256, 1, 1), "shared": 0, "stream": STREAM}
-    expected = [*G, x.address, kernel.address, bias.address, 1, y.address, 0.0, 6.0]
-    assert values_at(double.parameters, "q" * 15 + "QQQiQff") == expected
+    expected = [*G, x.address, 0, kernel.address, bias.address, 1, y.address, 0.0, 6.0]
+    assert values_at(double.parameters, "q" * 15 + "QiQQiQff") == expected
     assert double.launched_in == CONTEXT
     assert not double.named("cuStreamSynchronize", "cuMemAllocAsync", "cuMemcpyHtoDAsync")
     double.current = CONTEXT
     double.calls.clear()
     cuda.depthwise_forward(G, x, kernel, None, y)
     assert double.calls == ["cuCtxGetCurrent", "cuLaunchKernel"]
-    assert values_at(double.parameters, "q" * 15 + "QQQiQff")[17:19] == [0, 0]
+    assert values_at(double.parameters, "q" * 15 + "QiQQiQff")[18:20] == [0, 0]
 
 
 @pytest.mark.parametrize("fails", [False, True], ids=["done", "refused"])

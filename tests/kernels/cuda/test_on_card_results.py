@@ -117,6 +117,21 @@ def test_clamps_and_keeps_nan(dtype, kind, tier, clamp):
 
 
 @pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("kind", ["depthwise", "separable"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_relu_of_x_first(dtype, kind, tier):
+    it = problem(f"{kind}_forward", "96 channels", dtype)
+    inputs = it.inputs(placed)
+    inputs[0].view(-1)[7] = torch.nan
+    y, expected = (guarded(it.result_shapes[0], dtype)[0] for _ in range(2))
+    with only(tier), noted(it.operation, tier, dtype):
+        call(it.operation, it.before, inputs, [y], relu_x=True)
+        call(it.operation, it.before, [inputs[0].clamp(min=0), *inputs[1:]], [expected])
+        assert y.isnan().any() and not y.isnan().all()
+        assert torch.equal(y.nan_to_num(99), expected.nan_to_num(99))
+
+
+@pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("kind", ["depthwise", "pointwise", "separable"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_only_the_gradients_that_are_wanted(dtype, kind, tier):

@@ -118,6 +118,21 @@ def test_clamps_and_keeps_nan(operation, dtype, clamp, rng):
     np.testing.assert_array_equal(y.astype(np.float64), np.clip(free.astype(np.float64), *clamp))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("operation", ["depthwise", "separable"])
+def test_a_relu_of_x_first(operation, dtype, rng):
+    g, filters = window_of(CASES["strides and dilation"])
+    inputs, before, dy = operands(operation, g, filters, DTYPES[dtype], rng)
+    inputs[0].flat[4] = np.nan
+    with np.errstate(invalid="ignore"):
+        above = np.where(inputs[0] < 0, DTYPES[dtype](0), inputs[0])
+    y, expected = np.full((2, *dy.shape), 7, DTYPES[dtype])
+    getattr(cuda, f"{operation}_forward")(*before, *inputs, y, relu_x=True)
+    getattr(cuda, f"{operation}_forward")(*before, above, *inputs[1:], expected)
+    assert np.isnan(y).any() and not np.isnan(y).all()
+    np.testing.assert_array_equal(y.astype(np.float64), expected.astype(np.float64))
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("operation", OPERATIONS)
