@@ -1,7 +1,7 @@
 """A tile of a matrix product that copies the next panel of the kernel meanwhile.
 
 A panel that is packed as it is used is read within one tile, faster than memory gives it, and then memory has nothing
-to do for all the other tiles. Copied while the panel before it is used, a row or two with every few products, it is
+to do for all the other tiles. Copied while the panel before it is used, a few rows with every few products, it is
 asked for evenly: with weights from memory 10x10x1024-1536 and 10x10x1536-2048 take 0.85 to 0.9 times as long, from L3
 the same (Zen 5; its AVX2 tile 0.88 to 0.94, and 0.93).
 """

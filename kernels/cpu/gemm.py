@@ -31,8 +31,7 @@ AMX_BLOCK_BYTES, AMX_BLOCK_ROWS = 1 << 20, 256  # of a in terms of bfloat16: CPU
 PASSES = 8  # packing a kernel in passing for so many blocks costs no more than packing it once beforehand
 BLOCK_TILES = 168 // TILE_ROWS  # more rows than that would cost more in address translation than they save
 STREAMED_BYTES = 24 << 20  # an output larger than that is gone from the caches before anyone reads it
-THIN_ROWS = 42  # with more, the tiles that do not pack a panel ask for all of the next one in time
-THIN_COLLIDING_ROWS = 56  # but rows that collide have driven each other out by then, unless there are many tiles
+THIN_ROWS = 42  # with more, there are tiles enough to copy the next panel meanwhile
 LEAST_TILES = 8  # a worker with fewer tiles of rows would mostly read the kernel: filters are split instead
 
 
@@ -231,11 +230,11 @@ def _asks(products):
 
 
 @kernel
-def _copied_ahead(dtype, rows, depth, silent):
-    """How the next panel is copied by whole tiles of so many rows, but for the `silent` ones: (tiles that copy, rows
-    of it with each stretch). No tiles where that is not worth while, or cannot be.
+def _copied_ahead(dtype, rows, depth):
+    """How the next panel is copied by whole tiles of so many rows, but for the first, which may pack: (tiles that copy,
+    rows of it with each stretch). No tiles where that is not worth while, or cannot be.
     """
-    tiles = min(STRETCH, rows // TILE_ROWS - silent)
+    tiles = min(STRETCH, rows // TILE_ROWS - 1)
     if tiles < 2 or depth < STRETCH or factors(dtype) > 1:
         return 0, 0
     copies = ceil_div(depth, tiles * (depth // STRETCH))
@@ -259,7 +258,7 @@ def _multiply_panel(
     tiles_asking = lines_of_row(dtype, next_b, next_step, row) * ASK_STEP
     silent, copying, copies = 1 if panel != 0 else 0, 0, 0
     if next_panel != 0:
-        copying, copies = _copied_ahead(dtype, rows, depth, silent)
+        copying, copies = _copied_ahead(dtype, rows, depth)
         tiles_asking = copying
         if silent != 0:
             ask_for_rows(dtype, next_b, next_step)
@@ -293,13 +292,12 @@ def _multiply_panel(
 
 
 @kernel
-def is_thin(dtype, rows, row_stride, column_stride):
+def is_thin(dtype, rows, column_stride):
     """Whether a kernel that is not packed is better read in slabs: for so few rows it takes longer to come than to use.
 
     Asked for all rows of a product, since that decides on the order in which it is summed, which threads must not.
     """
-    most = THIN_COLLIDING_ROWS if rows_collide(dtype, row_stride) else THIN_ROWS
-    return rows <= most and column_stride == 1 and factors(dtype) == 1 and terms(dtype) == 0
+    return rows <= THIN_ROWS and column_stride == 1 and factors(dtype) == 1 and terms(dtype) == 0
 
 
 @kernel
@@ -365,8 +363,8 @@ def multiply_block(
     row, length = width * factors(dtype), panel_length(dtype, depth)
     silent = 1 if panels == 0 and column_stride == 1 else 0  # the tile that packs in passing
     lines = lines_of_row(dtype, panels, row, row) if panels != 0 else lines_of_row(dtype, kernel, row_stride, width)
-    copying, _ = _copied_ahead(dtype, rows, depth, 1) if silent != 0 else (0, 0)
-    asking = copying if copying > 0 else silent + lines * ASK_STEP
+    copying, _ = _copied_ahead(dtype, rows, depth) if silent != 0 else (0, 0)
+    asking = silent + (copying if copying > 0 else lines * ASK_STEP)
     asks_ahead = max(0, ceil_div(rows, TILE_ROWS) - asking) * _asks(products(dtype, depth))
     step_ahead = min(line, ceil_div(ahead_length, max(1, ceil_div(f_last - f_first, width) * asks_ahead)))
     other, is_packed = own + length * itemsize, False

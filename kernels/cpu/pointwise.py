@@ -82,7 +82,7 @@ def multiply_rows(
 ):  # fmt: skip
     """Rows m0..m1 of y, filters f_first..f_last; meanwhile the rows m1..after of x are asked for.
 
-    The kernel lies in packed `panels`, or `own` has room for one. `room` is for the rows that are copied: all, or the
+    The kernel lies in packed `panels`, or `own` has room for two. `room` is for the rows that are copied: all, or the
     last tile's only, where the tile that is taken has more rows and would read past the end of x.
     """
     itemsize = size_of(dtype)
@@ -115,7 +115,7 @@ def _multiply(
     itemsize = size_of(dtype)
     first, last, f_first, f_last = work(dtype, rows, filters, worker, workers)
     blocks = block_count(dtype, depth, last - first)
-    streamed, thin = past_caches(dtype, rows, filters, y), is_thin(dtype, rows, row_stride, column_stride)
+    streamed, thin = past_caches(dtype, rows, filters, y), is_thin(dtype, rows, column_stride)
     most_rows = block_rows(dtype, last - first, blocks)
     room = rows_length(dtype, depth, most_rows)
     block = take_in_share(dtype, room + workspace_length(dtype, depth, most_rows), lacking)

@@ -50,7 +50,7 @@ def _forward(
     blocks = gemm.block_count(dtype, depth, last - first)
     most_rows = gemm.block_rows(dtype, last - first, blocks)
     block_length = most_rows * row
-    streamed, thin = gemm.past_caches(dtype, pixels, filters, y), gemm.is_thin(dtype, pixels, filters, 1)
+    streamed, thin = gemm.past_caches(dtype, pixels, filters, y), gemm.is_thin(dtype, pixels, 1)
     block = take_in_share(dtype, block_length + gemm.workspace_length(dtype, depth, most_rows), lacking)
     if block == 0:
         return

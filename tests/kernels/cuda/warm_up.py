@@ -86,7 +86,7 @@ def host_microseconds(rounds: int = 20, launches: int = 50) -> float:
     with driver.turned_to(on):
         stream = driver.own_stream(on)
         memory = driver.allocate(4096, "a test", stream)
-        arguments = g, memory, memory, 0, 0, memory, 0.0, 1.0
+        arguments = g, memory, 0, memory, 0, 0, memory, 0.0, 1.0
         try:
             kernel.over(64, stream, *arguments)  # compiled and loaded
             for _ in range(rounds):
