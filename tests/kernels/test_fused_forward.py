@@ -89,7 +89,7 @@ def test_residuals_of_whole_tiles_and_of_packed_kernels(depth, filters, rng):
 def test_rows_that_go_by_slabs_are_never_split():
     """Else the number of threads would decide on how the kernel is packed, and so on the order of the sums."""
     for workers in range(1, 65):
-        assert gemm._row_parts(np.float32, max(gemm.THIN_ROWS, gemm.THIN_COLLIDING_ROWS), workers) == 1
+        assert gemm._row_parts(np.float32, gemm.THIN_ROWS, workers) == 1
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -97,8 +97,7 @@ def test_rows_that_go_by_slabs_are_never_split():
 @pytest.mark.parametrize("filters", [1, 67, 130, 512])  # rows of 512 collide
 def test_few_rows_by_slabs_of_the_kernel(depth, filters, dtype, rng):
     """As many rows as go by slabs, and more. Between two slabs nothing is clamped, and no residual added."""
-    most = gemm.THIN_COLLIDING_ROWS if filters == 512 else gemm.THIN_ROWS
-    for rows in (1, 9, gemm.TILE_ROWS, gemm.TILE_ROWS + 1, most, most + 1):
+    for rows in (1, 9, gemm.TILE_ROWS, gemm.TILE_ROWS + 1, gemm.THIN_ROWS, gemm.THIN_ROWS + 1):
         shapes = (rows, depth), (depth, filters), (filters,), (rows, filters)
         values = [rng.standard_normal(shape) for shape in shapes]
         values[0].flat[-1] = np.nan
