@@ -154,7 +154,8 @@ def _on_cpu(kind: str, way: str, sizes: tuple, tensors: Sequence[Any]) -> None:
     scalar = _SCALARS[tensors[0].dtype]
     addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
     bound = np.float32 if scalar is BFLOAT16 else scalar
-    bounds = (bound(-np.inf), bound(np.inf)) if way == "forward" else ()
+    low, high = bound(-np.inf), bound(np.inf)
+    bounds = () if way == "backward" else (low, high) if kind == "pointwise" else (low, low, high)  # x's, then y's
     getattr(_MODULES[kind], way)(scalar, *sizes, *addresses, *bounds, threads.get_num_threads())
 
 
