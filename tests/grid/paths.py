@@ -159,11 +159,11 @@ def _forward_paths(
         if column_stride == 1 and filters >= width:
             found.add("product: panels packed in passing")
             found |= {"product: rows of the kernel collide"} if gemm.rows_collide(dtype, row_stride) else set()
-        block = gemm.block_range(dtype, first, last, gemm.block_count(dtype, depth, last - first), 0)
         if gemm.is_thin(dtype, rows, column_stride):
             found.add(f"product: {'several slabs' if depth > gemm.EARLY else 'one slab'}")
         elif column_stride == 1 and f_first + 2 * width <= min(filters, f_last):
-            tiles, copies = gemm._copied_ahead(dtype, block[1] - block[0], depth)
+            begin, end = gemm.block_range(dtype, first, last, gemm.block_count(dtype, depth, last - first), 0)
+            tiles, copies = gemm._copied_ahead(dtype, end - begin, depth)
             found |= {f"product: {'several rows' if copies > 1 else 'a row'} copied at once"} if tiles else set()
         if column_stride != 1 or filters % width:
             found.add("product: panels packed apart")
