@@ -10,6 +10,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from ..kernels.cpu.huge_pages import ask_for_huge_pages
 from ..kernels.cpu.jit import kernel
 from ..kernels.cpu.memory import keep
 from . import tensorflow_capi as tf
@@ -136,8 +137,9 @@ def allocate(context, index, rank, shape, status):
     keep(dims)
     if failed(status):
         return 0
-    data = tf.tensor_data(handle)
+    data, size = tf.tensor_data(handle), tf.byte_size(handle)
     tf.delete_tensor(handle)
+    ask_for_huge_pages(data, size)
     return data
 
 

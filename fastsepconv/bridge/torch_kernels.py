@@ -21,6 +21,7 @@ import torch
 from .. import checks, dispatch
 from ..kernels import cpu
 from ..kernels.cpu import depthwise, pointwise, separable, threads
+from ..kernels.cpu.huge_pages import ask_for_huge_pages
 from ..kernels.cpu.simd import BFLOAT16
 from . import torch_cuda
 from .static_shapes import output_shape
@@ -74,7 +75,7 @@ def forward(kind: str, operands: Sequence[torch.Tensor], bias: torch.Tensor | No
     x = operands[0]
     device = _kernels_on(x.device)
     working = device.working["forward"].get(x.dtype, x.dtype)
-    y = x.new_empty(shape, dtype=working)
+    y = _new(x, shape, working)
     inputs = [None if tensor is None else tensor.to(working).contiguous() for tensor in tensors.values()]
     device.run(kind, "forward", sizes, [*inputs, y])
     return y.to(x.dtype)
@@ -91,11 +92,19 @@ def backward(
     x = operands[0]
     device = _kernels_on(x.device)
     working = device.working["backward"].get(x.dtype, x.dtype)
-    gradients = [x.new_empty(shape, dtype=working) for shape in gradient_shapes(operands, dy, wanted)]
+    gradients = [_new(x, shape, working) for shape in gradient_shapes(operands, dy, wanted)]
     inputs = [tensor.to(working).contiguous() for tensor in tensors.values()]
     targets = [gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)]
     device.run(kind, "backward", sizes, [*inputs, *targets])
     return [gradient.to(x.dtype) for gradient in gradients]
+
+
+def _new(x: torch.Tensor, shape: Shape, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor on x's device with anything in it."""
+    tensor = x.new_empty(shape, dtype=dtype)
+    if x.device.type == "cpu":
+        ask_for_huge_pages(tensor.data_ptr(), tensor.nbytes)
+    return tensor
 
 
 def gradient_shapes(operands: Sequence[torch.Tensor], dy: torch.Tensor, wanted: Sequence[bool]) -> list[Shape]:

@@ -13,6 +13,7 @@ from fastsepconv.bridge import tensorflow_ops
 from fastsepconv.kernels import reference
 from fastsepconv.kernels.geometry import resolve
 
+from ..mappings import advised, wants_huge_pages
 from ..tolerances import assert_close
 from .cases import KINDS, WINDOWS, gradients, operands, window_of
 from .oracle import convolve
@@ -208,3 +209,14 @@ def test_what_the_fast_path_declines(rng, monkeypatch, kind):
             slow_y = KINDS[kind](*arguments)
         for ours, right in zip([slow_y, *tape.gradient(slow_y, arguments)], [y, *parts], strict=True):
             np.testing.assert_array_equal(ours, right)
+
+
+@wants_huge_pages
+def test_large_results_come_in_large_pages():
+    x, kernel = tf.zeros((1, 400, 400, 64)), tf.zeros((1, 1, 64, 1))
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        y = bridge.depthwise_conv2d(x, kernel)
+    for result in (y, tape.gradient(y, x)):
+        shared = np.asarray(memoryview(result))
+        assert advised(shared.ctypes.data + shared.nbytes // 2)

@@ -10,6 +10,7 @@ import pytest
 from fastsepconv.kernels import reference
 from fastsepconv.kernels.geometry import resolve
 
+from ..mappings import advised, wants_huge_pages
 from ..tolerances import assert_close
 from .torch_cases import (
     CASES,
@@ -238,3 +239,12 @@ def test_several_threads_at_once(rng):
             np.testing.assert_array_equal(array(other), array(y))
             for part, true in zip(parts, expected, strict=True):
                 np.testing.assert_array_equal(part, true)
+
+
+@wants_huge_pages
+def test_large_results_come_in_large_pages():
+    x, kernel = torch.zeros((1, 400, 400, 64), requires_grad=True), torch.zeros((1, 1, 64, 1))
+    y = bridge.depthwise_conv2d(x, kernel)
+    (d_x,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    for result in (y, d_x):
+        assert advised(result.data_ptr() + result.nbytes // 2)
