@@ -32,7 +32,7 @@ PASSES = 8  # packing a kernel in passing for so many blocks costs no more than 
 BLOCK_TILES = 168 // TILE_ROWS  # more rows than that would cost more in address translation than they save
 STREAMED_BYTES = 24 << 20  # an output larger than that is gone from the caches before anyone reads it
 THIN_ROWS = 42  # with more, there are tiles enough to copy the next panel meanwhile
-LEAST_TILES = 8  # a worker with fewer tiles of rows would mostly read the kernel: filters are split instead
+WORKER_ROWS = 112  # a worker with fewer would mostly wait for the kernel: filters are split instead
 
 
 @kernel
@@ -79,7 +79,7 @@ def tile_height(rows):
 def _row_parts(dtype, rows, workers):
     """Into how many parts the rows are split; `workers` is a multiple of it."""
     parts, tile = workers, tile_rows(dtype)
-    least = ceil_div(LEAST_TILES * TILE_ROWS, tile)
+    least = ceil_div(WORKER_ROWS, tile)
     while parts > 1 and (workers % parts != 0 or ceil_div(rows, tile) < parts * least):
         parts -= 1
     return parts
@@ -127,8 +127,8 @@ def shares(rows, threads, packed):
     A thread that something else holds up, or that wakes late, then leaves some of its shares to the others: 2 to 3 % of
     a layer in TensorFlow, whose threads take the CPU now and then. Otherwise each share would pack the kernel anew.
     """
-    tiles = ceil_div(rows, TILE_ROWS) // threads
-    return threads * min(max(1, tiles // LEAST_TILES), SHARES_A_THREAD) if threads > 1 and packed else threads
+    tiles, least = ceil_div(rows, TILE_ROWS) // threads, ceil_div(WORKER_ROWS, TILE_ROWS)
+    return threads * min(max(1, tiles // least), SHARES_A_THREAD) if threads > 1 and packed else threads
 
 
 @kernel
