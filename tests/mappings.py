@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-import os
+from pathlib import Path
 
 import pytest
 
+MAPPINGS = Path("/proc/self/smaps")
+
+
+def _tells_of_huge_pages() -> bool:
+    return Path("/sys/kernel/mm/transparent_hugepage").exists() and "VmFlags:" in MAPPINGS.read_text()
+
+
 wants_huge_pages = pytest.mark.skipif(
-    not os.path.exists("/sys/kernel/mm/transparent_hugepage"), reason="this system has no transparent huge pages"
+    not _tells_of_huge_pages(), reason="this system has no transparent huge pages, or does not tell who asked for them"
 )
 
 
 def advised(address: int) -> bool:
     """Whether large pages were asked for at that address."""
     inside = False
-    with open("/proc/self/smaps") as file:
+    with MAPPINGS.open() as file:
         for line in file:
             word = line.split(maxsplit=1)[0]
             if not word.endswith(":"):  # a mapping's bounds; its properties follow

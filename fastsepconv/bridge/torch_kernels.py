@@ -78,7 +78,7 @@ def forward(kind: str, operands: Sequence[torch.Tensor], bias: torch.Tensor | No
     y = _new(x, shape, working)
     inputs = [None if tensor is None else tensor.to(working).contiguous() for tensor in tensors.values()]
     device.run(kind, "forward", sizes, [*inputs, y])
-    return y.to(x.dtype)
+    return _in_dtype(y, x.dtype)
 
 
 def backward(
@@ -96,7 +96,7 @@ def backward(
     inputs = [tensor.to(working).contiguous() for tensor in tensors.values()]
     targets = [gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)]
     device.run(kind, "backward", sizes, [*inputs, *targets])
-    return [gradient.to(x.dtype) for gradient in gradients]
+    return [_in_dtype(gradient, x.dtype) for gradient in gradients]
 
 
 def _new(x: torch.Tensor, shape: Shape, dtype: torch.dtype) -> torch.Tensor:
@@ -105,6 +105,10 @@ def _new(x: torch.Tensor, shape: Shape, dtype: torch.dtype) -> torch.Tensor:
     if x.device.type == "cpu":
         ask_for_huge_pages(tensor.data_ptr(), tensor.nbytes)
     return tensor
+
+
+def _in_dtype(result: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return result if result.dtype is dtype else _new(result, tuple(result.shape), dtype).copy_(result)
 
 
 def gradient_shapes(operands: Sequence[torch.Tensor], dy: torch.Tensor, wanted: Sequence[bool]) -> list[Shape]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import mmap
 import os
 import pickle
 import platform
@@ -254,7 +255,7 @@ def _hash_folder(folder: Path) -> str:
 def _process_key() -> tuple:
     """What this process was started with and the machine code depends on."""
     options = tuple(getattr(config, name, None) for name in _NUMBA_OPTIONS)
-    return CHOSEN.name, options
+    return CHOSEN.name, mmap.PAGESIZE, options
 
 
 def _signature_key(sig: object) -> object:

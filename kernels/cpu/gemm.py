@@ -76,13 +76,15 @@ def tile_height(rows):
 
 
 @kernel
-def _row_parts(dtype, rows, workers):
-    """Into how many parts the rows are split; `workers` is a multiple of it."""
-    parts, tile = workers, tile_rows(dtype)
-    least = ceil_div(WORKER_ROWS, tile)
-    while parts > 1 and (workers % parts != 0 or ceil_div(rows, tile) < parts * least):
-        parts -= 1
-    return parts
+def _row_parts(dtype, rows, filters, workers):
+    """Into how many parts the rows are split; `workers` is a multiple of it. Small ones where filters are too few."""
+    tile, panels = tile_rows(dtype), ceil_div(filters, gemm_columns(dtype))
+    for parts in range(workers, 1, -1):
+        enough = ceil_div(rows, tile) >= parts * ceil_div(WORKER_ROWS, tile)
+        spare = panels * parts < 2 * workers and rows > parts * THIN_ROWS  # workers, with fewer parts
+        if workers % parts == 0 and (enough or spare):
+            return parts
+    return 1
 
 
 @kernel
@@ -137,19 +139,19 @@ def work(dtype, rows, filters, worker, workers):
 
     Rows are shared out in the lowest tiles' heights: in the highest's, of the 20.6 of 288 rows a worker would get 21.
     """
-    width, parts = gemm_columns(dtype), _row_parts(dtype, rows, workers)
+    width, parts = gemm_columns(dtype), _row_parts(dtype, rows, filters, workers)
     first, last = share(ceil_div(rows, LEAST_ROWS), worker % parts, parts)
     f_first, f_last = share(ceil_div(filters, width), worker // parts, workers // parts)
     return first * LEAST_ROWS, min(last * LEAST_ROWS, rows), f_first * width, min(f_last * width, filters)
 
 
 @kernel
-def _shares_panels(dtype, rows, depth, row_stride, column_stride, workers):
+def _shares_panels(dtype, rows, depth, filters, row_stride, column_stride, workers):
     """Whether the kernel is packed beforehand, for all: if packing in passing, or slowly, for each block costs more.
 
     Pairs of bfloat16 cannot be packed in passing.
     """
-    blocks = block_count(dtype, depth, ceil_div(rows, _row_parts(dtype, rows, workers)))
+    blocks = block_count(dtype, depth, ceil_div(rows, _row_parts(dtype, rows, filters, workers)))
     cheap = column_stride == 1 and not rows_collide(dtype, row_stride)
     if terms(dtype) > 0:
         return blocks > 1 or column_stride != 1
@@ -159,7 +161,7 @@ def _shares_panels(dtype, rows, depth, row_stride, column_stride, workers):
 @kernel
 def shared_length(dtype, rows, depth, filters, row_stride, column_stride, kept, workers):
     """Elements of scratch memory that `shared_panels` wants."""
-    shared = kept == 0 and _shares_panels(dtype, rows, depth, row_stride, column_stride, workers)
+    shared = kept == 0 and _shares_panels(dtype, rows, depth, filters, row_stride, column_stride, workers)
     return packed_length(dtype, depth, filters) if shared else 0
 
 
@@ -168,7 +170,7 @@ def shared_panels(dtype, rows, depth, filters, kernel, row_stride, column_stride
     """The kernel in panels: those `kept`, or packed now at `packed`; 0 where each worker packs its own."""
     if kept != 0:
         return kept
-    if not _shares_panels(dtype, rows, depth, row_stride, column_stride, workers):
+    if not _shares_panels(dtype, rows, depth, filters, row_stride, column_stride, workers):
         return 0
     pack(dtype, workers, depth, filters, kernel, row_stride, column_stride, packed)
     return packed

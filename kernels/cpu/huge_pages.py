@@ -2,8 +2,8 @@
 
 A large block that an allocator has just had from the system is not there yet: the first write to each page of 4 KiB
 waits until the system has found one and cleared it. For the output of a large layer that takes as long as to compute
-it. Linux gives 2 MiB at a time where a program asks for it, which NumPy does for its arrays; TensorFlow and PyTorch do
-not. Memory that was written to before keeps its pages.
+it. Linux gives 2 MiB at a time (on x86) where a program asks for it, which NumPy does for its arrays; TensorFlow and
+PyTorch do not.
 """
 
 from __future__ import annotations

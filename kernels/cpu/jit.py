@@ -31,7 +31,7 @@ def entry(function: Callable) -> Dispatcher:
     dispatcher = _compile(function)
     if isinstance(dispatcher, CPUDispatcher):
         dispatcher.__class__ = _Entry
-        dispatcher.compiled = {}
+        dispatcher.entry_points = {}
     return dispatcher
 
 
@@ -43,18 +43,18 @@ class _Inner(CPUDispatcher):
 
 
 class _Entry(CPUDispatcher):
-    """A kernel that asks for its arguments' types once, not at each call: of a small one's 60 to 100 us those were 13.
+    """A kernel that asks for its arguments' types once. Numba does at each call: 7 to 14 of some 80 us (Zen 3).
 
     A dtype is its own type here.
     """
 
-    compiled: dict[type, Callable]
+    entry_points: dict[type, Callable]
 
     def __call__(self, first: object, *others: object) -> object:
         kind = first if isinstance(first, type) else type(first)
-        function = self.compiled.get(kind)
+        function = self.entry_points.get(kind)
         if function is None:
-            function = self.compiled[kind] = self.compile(tuple(map(self.typeof_pyval, (first, *others))))
+            function = self.entry_points[kind] = self.compile(tuple(map(self.typeof_pyval, (first, *others))))
         return function(first, *others)
 
 

@@ -148,9 +148,9 @@ def _forward_paths(
     if _in_amx(dtype):
         return _amx_paths(dtype, rows, depth, filters, row_stride, column_stride, workers, kept)
     width = TILE.vectors * _lanes(dtype)
-    packed = kept or bool(gemm._shares_panels(dtype, rows, depth, row_stride, column_stride, workers))
+    packed = kept or bool(gemm._shares_panels(dtype, rows, depth, filters, row_stride, column_stride, workers))
     shares = gemm.shares(rows, workers, packed)
-    row_parts = gemm._row_parts(dtype, rows, shares)
+    row_parts = gemm._row_parts(dtype, rows, filters, shares)
     first, last, f_first, f_last = gemm.work(dtype, rows, filters, 0, shares)
     left_over, found = (last - first) % gemm.TILE_ROWS, set()
     if packed:
@@ -190,9 +190,9 @@ def _amx_paths(
     dtype, rows: int, depth: int, filters: int, row_stride: int, column_stride: int, workers: int, kept: bool
 ) -> set[str]:
     """The same in AMX's registers."""
-    packed = kept or bool(gemm._shares_panels(dtype, rows, depth, row_stride, column_stride, workers))
+    packed = kept or bool(gemm._shares_panels(dtype, rows, depth, filters, row_stride, column_stride, workers))
     shares = gemm.shares(rows, workers, packed)
-    row_parts = gemm._row_parts(dtype, rows, shares)
+    row_parts = gemm._row_parts(dtype, rows, filters, shares)
     first, last, _, _ = gemm.work(dtype, rows, filters, 0, shares)
     name, left_over = np.dtype(dtype).name, (last - first) % amx.SIDE
     found = {f"AMX {name}: panels {'shared' if packed else 'packed in passing'}"}

@@ -8,6 +8,7 @@ import pytest
 from fastsepconv.kernels import reference
 from fastsepconv.kernels.cpu import depthwise, gemm, packing, pointwise, separable, threads
 from fastsepconv.kernels.cpu.jit import kernel
+from fastsepconv.kernels.cpu.tiles import CHOSEN
 from fastsepconv.kernels.geometry import resolve
 from tests.targets import run_again
 from tests.tolerances import assert_close
@@ -89,7 +90,16 @@ def test_residuals_of_whole_tiles_and_of_packed_kernels(depth, filters, rng):
 def test_rows_that_go_by_slabs_are_never_split():
     """Else the number of threads would decide on how the kernel is packed, and so on the order of the sums."""
     for workers in range(1, 65):
-        assert gemm._row_parts(np.float32, gemm.THIN_ROWS, workers) == 1
+        for filters in (1, 1000):
+            assert gemm._row_parts(np.float32, gemm.THIN_ROWS, filters, workers) == 1
+
+
+@pytest.mark.parametrize("rows", [gemm.WORKER_ROWS, 200, 500])
+def test_rows_are_split_where_each_worker_has_enough_or_there_is_nothing_else_to_share_out(rows):
+    width, workers = CHOSEN.vectors * CHOSEN.vector_bytes // 4, 2
+    many, few = (gemm._row_parts(np.float32, rows, filters, workers) for filters in (8 * width, width))
+    assert many == (2 if rows >= 2 * gemm.WORKER_ROWS else 1)
+    assert few == 2
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
