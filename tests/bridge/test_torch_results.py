@@ -242,8 +242,9 @@ def test_several_threads_at_once(rng):
 
 
 @wants_huge_pages
-def test_large_results_come_in_large_pages():
-    x, kernel = torch.zeros((1, 400, 400, 64), requires_grad=True), torch.zeros((1, 1, 64, 1))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_large_results_come_in_large_pages(dtype):
+    x, kernel = torch.zeros((1, 400, 400, 64), dtype=dtype, requires_grad=True), torch.zeros((1, 1, 64, 1), dtype=dtype)
     y = bridge.depthwise_conv2d(x, kernel)
     (d_x,) = torch.autograd.grad(y, x, torch.ones_like(y))
     for result in (y, d_x):
