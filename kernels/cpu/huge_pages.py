@@ -15,6 +15,7 @@ import llvmlite.binding as llvm
 from numba.core import types
 
 from .jit import entry
+from .memory import ceil_div
 
 LEAST_BYTES = 4 << 20  # NumPy's bound too: smaller blocks mostly come from what the allocator has kept
 _ADVICE = getattr(mmap, "MADV_HUGEPAGE", 0)  # Linux alone
@@ -31,5 +32,5 @@ def ask_for_huge_pages(address, size):
     """Asks for large pages under the `size` bytes at `address`. It is advice: nothing fails where there are none."""
     if _ADVICE == 0 or size < LEAST_BYTES:
         return
-    first, last = (address + _PAGE - 1) // _PAGE * _PAGE, (address + size) // _PAGE * _PAGE
+    first, last = ceil_div(address, _PAGE) * _PAGE, (address + size) // _PAGE * _PAGE
     _madvise(first, last - first, _ADVICE)
