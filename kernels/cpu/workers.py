@@ -3,6 +3,8 @@
 Between two kernels TensorFlow computes on threads of its own, as many as there are CPUs. TBB's threads spin for a
 millisecond after each piece of parallel work, and the scheduler likes to wake a thread on the CPU of its waker: now
 two busy threads share a CPU while another has none. Whole networks lost 5 to 10 % by that (Zen 4, 2 cores).
+Where a single thread goes from call to call, on the other hand, workers that stay awake make a layer in TensorFlow 3 to
+5 % faster (Zen 5). So they look out for longer where the process leaves them their CPU while they sleep.
 
     caller:  claim a job -> fill it -> open it -> wake sleepers -> take shares of it -> close it -> wait for its helpers
     worker:  for each open job: join, take shares, leave -> look out for another -> sleep
@@ -30,6 +32,9 @@ from .atomics import WORD, WORD_SIZE
 from .jit import callback, kernel
 
 LOOK_OUT_NS = 50_000  # how long a worker looks out for work before it sleeps: longer than a caller's serial stretches
+LONG_LOOK_OUT_NS = 500_000  # the same where nobody wants its CPU: longer than TensorFlow takes from call to call
+ALONE = 130  # percent of a CPU that the process uses then, at most: 90 to 130 between calls, 140 to 190 in a network
+PROBED = 16  # one look-out of so many is short all the same, to see what the process uses while a worker sleeps
 PATIENCE_NS = 1_000_000  # how long a caller stays awake for a helper that has lost its CPU
 JOBS = 16  # how many callers have helpers at once
 MOST_KEPT_OFF = 8  # workers; with more of them a machine has more CPUs, and the scheduler finds a free one
@@ -38,6 +43,7 @@ CPU_SET_SIZE = 128  # bytes, the C library's
 _LINE = 64  # bytes: what one thread writes often shares no cache line with what another does
 # Where the pool's words lie, in bytes.
 _OPENED, _SLEEPERS, _STOPPING, _KEPT_OFF, _SEMAPHORE, _THREADS, _FOUND, _JOBS = (i * _LINE for i in (*range(7), 8))
+_SLEPT, _USED = _SLEEPERS + 8, _SLEEPERS + 16  # ns that a worker slept lately, and of CPU time used meanwhile
 _MASKS, _MOVING = _KEPT_OFF + 8, _KEPT_OFF + 16  # the address of a CPU set for each CPU kept off, or 0; a lock
 _STATE, _NEXT, _ENTRY, _PACKED, _SHARES, _HELPERS, _JOB_SIZE = 0, 64, 128, 136, 144, 152, 192
 _CLAIMED, _OPEN = 1 << 40, 1 << 41  # a job's state: 0 if free, else one of these, plus the workers that are at it now
@@ -211,16 +217,52 @@ def _help(job):
 @kernel
 def _wait_for_work(opened):
     """Returns when another job than the first `opened` was opened, or a little early."""
-    until = _monotonic_ns() + LOOK_OUT_NS
+    began, look_out = _monotonic_ns(), _look_out(opened)
     while atomics.load(_pool() + _OPENED) == opened:
-        if _monotonic_ns() < until:
+        waited = _monotonic_ns() - began
+        if waited < LOOK_OUT_NS:
             _pause()
-            continue
-        atomics.add(_pool() + _SLEEPERS, 1)
-        if atomics.load(_pool() + _OPENED) == opened or not _one_sleeper_less():
-            while _sem_wait(_pool() + _SEMAPHORE) != 0:  # a signal came
-                pass
-        return
+        elif waited < look_out:
+            _sched_yield()
+        else:
+            _sleep(opened)
+            return
+
+
+@kernel
+def _look_out(opened):
+    """How long a worker looks out for work, in nanoseconds: long where the CPU is nobody else's, lately.
+
+    To wake a worker takes 20 to 40 us in a virtual machine, and so does all that finds the CPU asleep.
+    """
+    alone = 100 * atomics.load(_pool() + _USED) < ALONE * atomics.load(_pool() + _SLEPT)
+    return LONG_LOOK_OUT_NS if alone and opened % PROBED != 0 else LOOK_OUT_NS
+
+
+@kernel
+def _sleep(opened):
+    """Returns when woken, or at once if another job than the first `opened` was opened. The first to sleep takes notes."""
+    notes = atomics.add(_pool() + _SLEEPERS, 1) == 0
+    began, used = _monotonic_ns(), _process_ns() if notes else 0
+    if atomics.load(_pool() + _OPENED) == opened or not _one_sleeper_less():
+        while _sem_wait(_pool() + _SEMAPHORE) != 0:  # a signal came
+            pass
+    if notes:
+        _note(_monotonic_ns() - began, _process_ns() - used)
+
+
+@kernel
+def _note(slept, used):
+    """Remembers, for some eight times, what CPU time the process used while a worker slept, in nanoseconds.
+
+    Two CPUs where looking out longer would have been in vain; and at most, since a thread's time counts late: when it
+    leaves its CPU.
+    """
+    if slept > LONG_LOOK_OUT_NS:
+        slept, used = LONG_LOOK_OUT_NS // 2, LONG_LOOK_OUT_NS
+    used = min(used, 2 * slept)
+    atomics.store(_pool() + _SLEPT, atomics.load(_pool() + _SLEPT) * 7 // 8 + slept)
+    atomics.store(_pool() + _USED, atomics.load(_pool() + _USED) * 7 // 8 + used)
 
 
 @kernel
@@ -324,18 +366,30 @@ def _pause(typing_context):
     return types.void(), codegen
 
 
-@intrinsic
-def _monotonic_ns(typing_context):
+@kernel
+def _monotonic_ns():
     """Nanoseconds on a clock that never goes back."""
+    return _nanoseconds(time.CLOCK_MONOTONIC)
+
+
+@kernel
+def _process_ns():
+    """Nanoseconds that the threads of this process ran."""
+    return _nanoseconds(time.CLOCK_PROCESS_CPUTIME_ID)
+
+
+@intrinsic
+def _nanoseconds(typing_context, clock):
+    """What a clock of the system's shows."""
 
     def codegen(context, builder, signature, arguments):
         now = _emit_words(builder, [WORD(0), WORD(0)])
         declared = ir.FunctionType(ir.IntType(32), [WORD, WORD])
         clock_gettime = cgutils.get_or_insert_function(builder.module, declared, "fastsepconv_clock_gettime")
-        builder.call(clock_gettime, [WORD(time.CLOCK_MONOTONIC), now])
+        builder.call(clock_gettime, [*arguments, now])
         seconds, nanoseconds = (
             builder.load(builder.inttoptr(builder.add(now, WORD(i * WORD_SIZE)), WORD.as_pointer())) for i in range(2)
         )
         return builder.add(builder.mul(seconds, WORD(10**9)), nanoseconds)
 
-    return types.intp(), codegen
+    return types.intp(types.intp), codegen

@@ -120,3 +120,23 @@ def test_the_process_ends_while_another_thread_computes(tmp_path, end):
     """
     for _ in range(3):
         assert output(code, tmp_path) == "done"
+
+
+def test_a_worker_looks_out_for_longer_where_its_cpu_is_nobody_elses(tmp_path):
+    code = """
+        w = threads.workers  # not started: nobody else takes notes
+        def long(slept, used, times):
+            for _ in range(times):
+                w._note(slept, used)
+            return [w._look_out(opened) == w.LONG_LOOK_OUT_NS for opened in range(2 * w.PROBED)]
+
+        all_but_probes = [opened % w.PROBED != 0 for opened in range(2 * w.PROBED)]
+        never = [False] * (2 * w.PROBED)
+        print(long(0, 0, 1) == never)                               # nothing is known
+        print(long(150_000, 140_000, 8) == all_but_probes)          # one thread, from call to call
+        print(long(150_000, 700_000, 1) == all_but_probes)          # a thread's time that was counted late
+        print(long(150_000, 230_000, 8) == never)                   # a network's other operations
+        print(long(150_000, 140_000, 20) == all_but_probes)
+        print(long(w.LONG_LOOK_OUT_NS + 1, 100_000, 4) == never)    # in vain
+    """
+    assert output(code, tmp_path) == "\n".join(["True"] * 6)
