@@ -241,7 +241,7 @@ def _look_out(opened):
 
 @kernel
 def _sleep(opened):
-    """Returns when woken, or at once if another job than the first `opened` was opened. The first to sleep takes notes."""
+    """Returns when woken, or at once if there is another job than the first `opened`. The first sleeper takes notes."""
     notes = atomics.add(_pool() + _SLEEPERS, 1) == 0
     began, used = _monotonic_ns(), _process_ns() if notes else 0
     if atomics.load(_pool() + _OPENED) == opened or not _one_sleeper_less():
