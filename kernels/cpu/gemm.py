@@ -32,7 +32,7 @@ PASSES = 8  # packing a kernel in passing for so many blocks costs no more than 
 BLOCK_TILES = 168 // TILE_ROWS  # more rows than that would cost more in address translation than they save
 STREAMED_BYTES = 24 << 20  # an output larger than that is gone from the caches before anyone reads it
 THIN_ROWS = 42  # with more, there are tiles enough to copy the next panel meanwhile
-COPYING_ROWS = 70  # the same where rows of the kernel drive each other out of the caches
+COPYING_ROWS = 70  # of a block, the same where rows of the kernel drive each other out of the caches
 WORKER_ROWS = 112  # a worker with fewer would mostly wait for the kernel: filters are split instead
 
 
@@ -148,7 +148,7 @@ def work(dtype, rows, filters, worker, workers):
 
 @kernel
 def _shares_panels(dtype, rows, depth, filters, row_stride, column_stride, workers):
-    """Whether the kernel is packed beforehand, for all: pairs of bfloat16, and if packing in passing costs more."""
+    """Whether the kernel is packed beforehand, for all: if packing in passing cannot be or, each time, costs more."""
     part = ceil_div(rows, _row_parts(dtype, rows, filters, workers))
     blocks = block_count(dtype, depth, part)
     enough = part // max(1, blocks) >= COPYING_ROWS or not rows_collide(dtype, row_stride)

@@ -3,8 +3,8 @@
 Between two kernels TensorFlow computes on threads of its own, as many as there are CPUs. TBB's threads spin for a
 millisecond after each piece of parallel work, and the scheduler likes to wake a thread on the CPU of its waker: now
 two busy threads share a CPU while another has none. Whole networks lost 5 to 10 % by that (Zen 4, 2 cores).
-Where a single thread goes from call to call, on the other hand, workers that stay awake make a layer in TensorFlow 3 to
-5 % faster (Zen 5). So they look out for longer where the process leaves them their CPU while they sleep.
+Where a single thread goes from call to call, on the other hand, a worker that stays awake makes a layer in TensorFlow 3
+to 5 % faster (Zen 5, 2 cores). So an only worker looks out for longer where its CPU would be idle otherwise.
 
     caller:  claim a job -> fill it -> open it -> wake sleepers -> take shares of it -> close it -> wait for its helpers
     worker:  for each open job: join, take shares, leave -> look out for another -> sleep
@@ -19,7 +19,6 @@ import ctypes
 import os
 import platform
 import sys
-import time
 
 import llvmlite.binding as llvm
 import numpy as np
@@ -27,14 +26,15 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from . import atomics
+from . import atomics, quota
 from .atomics import WORD, WORD_SIZE
+from .clock import monotonic_ns, process_ns
 from .jit import callback, kernel
 
 LOOK_OUT_NS = 50_000  # how long a worker looks out for work before it sleeps: longer than a caller's serial stretches
-LONG_LOOK_OUT_NS = 500_000  # the same where nobody wants its CPU: longer than TensorFlow takes from call to call
+LONG_LOOK_OUT_NS = 500_000  # the same where its CPU would be idle: longer than TensorFlow takes from call to call
 ALONE = 130  # percent of a CPU that the process uses then, at most: 90 to 130 between calls, 140 to 190 in a network
-PROBED = 16  # one look-out of so many is short all the same, to see what the process uses while a worker sleeps
+TAKEN_NS = 250_000  # without its CPU for longer, a worker that looks out has met a thread that computes
 PATIENCE_NS = 1_000_000  # how long a caller stays awake for a helper that has lost its CPU
 JOBS = 16  # how many callers have helpers at once
 MOST_KEPT_OFF = 8  # workers; with more of them a machine has more CPUs, and the scheduler finds a free one
@@ -43,11 +43,13 @@ CPU_SET_SIZE = 128  # bytes, the C library's
 _LINE = 64  # bytes: what one thread writes often shares no cache line with what another does
 # Where the pool's words lie, in bytes.
 _OPENED, _SLEEPERS, _STOPPING, _KEPT_OFF, _SEMAPHORE, _THREADS, _FOUND, _JOBS = (i * _LINE for i in (*range(7), 8))
-_SLEPT, _USED = _SLEEPERS + 8, _SLEEPERS + 16  # ns that a worker slept lately, and of CPU time used meanwhile
+_NOTED, _SLEPT, _USED = (_SLEEPERS + i * 8 for i in (1, 2, 3))  # whether it is noted how many ns the worker slept
+# lately, and how many ns of CPU time the process used meanwhile
 _MASKS, _MOVING = _KEPT_OFF + 8, _KEPT_OFF + 16  # the address of a CPU set for each CPU kept off, or 0; a lock
 _STATE, _NEXT, _ENTRY, _PACKED, _SHARES, _HELPERS, _JOB_SIZE = 0, 64, 128, 136, 144, 152, 192
 _CLAIMED, _OPEN = 1 << 40, 1 << 41  # a job's state: 0 if free, else one of these, plus the workers that are at it now
 _CPUS = 8 * CPU_SET_SIZE
+_ODD = 0x9E3779B97F4A7C15 - (1 << 64)  # times a number, it scatters that over all words
 
 # The instruction that tells a processor that a loop waits: LLVM's name for it and its operands.
 _PAUSES = {"x86_64": ("llvm.x86.sse2.pause", []), "aarch64": ("llvm.aarch64.hint", [ir.IntType(32)(1)])}
@@ -71,7 +73,6 @@ _sched_yield = _c_function("sched_yield", 0)
 _usleep = _c_function("usleep", 1)
 _setaffinity = _c_function("pthread_setaffinity_np", 3)
 _getaffinity = _c_function("pthread_getaffinity_np", 3)
-_c_function("clock_gettime", 2)
 
 
 def available() -> bool:
@@ -95,6 +96,7 @@ def start(count: int) -> int:
         if library.pthread_create(ctypes.byref(member), None, work, None) != 0:
             break
         _members.append(member)
+    _words[_NOTED // WORD_SIZE] = len(_members) == 1 and quota.cpus() is None
     _prepare_to_keep_off()
     return address
 
@@ -175,9 +177,9 @@ def _take_shares(job):
 @kernel
 def _wait_for_helpers(job):
     """Returns when all have left a closed job. One that lost its CPU in the middle of a share may want this one."""
-    began = _monotonic_ns()
+    began = monotonic_ns()
     while atomics.load(job + _STATE) != _CLAIMED:
-        waited = _monotonic_ns() - began
+        waited = monotonic_ns() - began
         if waited < LOOK_OUT_NS:
             _pause()
         elif waited < PATIENCE_NS:
@@ -217,52 +219,68 @@ def _help(job):
 @kernel
 def _wait_for_work(opened):
     """Returns when another job than the first `opened` was opened, or a little early."""
-    began, look_out = _monotonic_ns(), _look_out(opened)
+    began, look_out, waited = monotonic_ns(), _look_out(opened), 0
     while atomics.load(_pool() + _OPENED) == opened:
-        waited = _monotonic_ns() - began
+        if waited >= look_out:
+            _sleep(opened, began)
+            return
         if waited < LOOK_OUT_NS:
             _pause()
-        elif waited < look_out:
-            _sched_yield()
         else:
-            _sleep(opened)
-            return
+            _sched_yield()
+        before, waited = waited, monotonic_ns() - began
+        if waited - before > TAKEN_NS:
+            _forget_being_alone()
+            look_out = 0
 
 
 @kernel
 def _look_out(opened):
-    """How long a worker looks out for work, in nanoseconds: long where the CPU is nobody else's, lately.
+    """How long a worker looks out for work, in nanoseconds: long where its CPU was idle, lately, while it slept.
 
-    To wake a worker takes 20 to 40 us in a virtual machine, and so does all that finds the CPU asleep.
+    To wake it takes 20 to 40 us in a virtual machine, and so does whatever else finds a CPU asleep. One look-out of 16
+    is short all the same, or nothing would be noted any more: one at random, lest it be always the same of a network's.
     """
     alone = 100 * atomics.load(_pool() + _USED) < ALONE * atomics.load(_pool() + _SLEPT)
-    return LONG_LOOK_OUT_NS if alone and opened % PROBED != 0 else LOOK_OUT_NS
+    return LONG_LOOK_OUT_NS if alone and opened * _ODD >> 60 != 0 else LOOK_OUT_NS
 
 
 @kernel
-def _sleep(opened):
-    """Returns when woken, or at once if there is another job than the first `opened`. The first sleeper takes notes."""
-    notes = atomics.add(_pool() + _SLEEPERS, 1) == 0
-    began, used = _monotonic_ns(), _process_ns() if notes else 0
-    if atomics.load(_pool() + _OPENED) == opened or not _one_sleeper_less():
-        while _sem_wait(_pool() + _SEMAPHORE) != 0:  # a signal came
-            pass
-    if notes:
-        _note(_monotonic_ns() - began, _process_ns() - used)
-
-
-@kernel
-def _note(slept, used):
-    """Remembers, for some eight times, what CPU time the process used while a worker slept, in nanoseconds.
-
-    Two CPUs where looking out longer would have been in vain; and at most, since a thread's time counts late: when it
-    leaves its CPU.
+def _sleep(opened, began):
+    """Returns when woken, or at once if there is another job than the first `opened`. The worker looks out since
+    `began`.
     """
-    if slept > LONG_LOOK_OUT_NS:
+    atomics.add(_pool() + _SLEEPERS, 1)
+    noted = atomics.load(_pool() + _NOTED) != 0
+    asleep, used = monotonic_ns(), process_ns() if noted else 0
+    if atomics.load(_pool() + _OPENED) != opened and _one_sleeper_less():
+        return
+    while _sem_wait(_pool() + _SEMAPHORE) != 0:  # a signal came
+        pass
+    if noted:
+        now = monotonic_ns()
+        _note(now - began, now - asleep, process_ns() - used)
+
+
+@kernel
+def _note(waited, slept, used):
+    """Notes how long the worker waited, how long of that it slept, and the CPU time that the process used meanwhile.
+
+    All in nanoseconds. A note weighs 7/8 of the next one. Where a long look-out is too short, as much is noted as if
+    two CPUs had been busy; and never more than that: the system counts a thread's time late, by up to a few ms.
+    """
+    if waited > LONG_LOOK_OUT_NS:
         slept, used = LONG_LOOK_OUT_NS // 2, LONG_LOOK_OUT_NS
     used = min(used, 2 * slept)
     atomics.store(_pool() + _SLEPT, atomics.load(_pool() + _SLEPT) * 7 // 8 + slept)
     atomics.store(_pool() + _USED, atomics.load(_pool() + _USED) * 7 // 8 + used)
+
+
+@kernel
+def _forget_being_alone():
+    """Notes for some eight times that another thread, of whatever process, wanted the worker's CPU."""
+    atomics.store(_pool() + _SLEPT, 4 * LONG_LOOK_OUT_NS)
+    atomics.store(_pool() + _USED, 8 * LONG_LOOK_OUT_NS)
 
 
 @kernel
@@ -364,32 +382,3 @@ def _pause(typing_context):
         return context.get_dummy_value()
 
     return types.void(), codegen
-
-
-@kernel
-def _monotonic_ns():
-    """Nanoseconds on a clock that never goes back."""
-    return _nanoseconds(time.CLOCK_MONOTONIC)
-
-
-@kernel
-def _process_ns():
-    """Nanoseconds that the threads of this process ran."""
-    return _nanoseconds(time.CLOCK_PROCESS_CPUTIME_ID)
-
-
-@intrinsic
-def _nanoseconds(typing_context, clock):
-    """What a clock of the system's shows."""
-
-    def codegen(context, builder, signature, arguments):
-        now = _emit_words(builder, [WORD(0), WORD(0)])
-        declared = ir.FunctionType(ir.IntType(32), [WORD, WORD])
-        clock_gettime = cgutils.get_or_insert_function(builder.module, declared, "fastsepconv_clock_gettime")
-        builder.call(clock_gettime, [*arguments, now])
-        seconds, nanoseconds = (
-            builder.load(builder.inttoptr(builder.add(now, WORD(i * WORD_SIZE)), WORD.as_pointer())) for i in range(2)
-        )
-        return builder.add(builder.mul(seconds, WORD(10**9)), nanoseconds)
-
-    return types.intp(types.intp), codegen

@@ -158,7 +158,9 @@ def _forward_paths(
     else:
         if column_stride == 1 and filters >= width:
             found.add("product: panels packed in passing")
-            found |= {"product: rows of the kernel collide"} if gemm.rows_collide(dtype, row_stride) else set()
+            collide, blocks = gemm.rows_collide(dtype, row_stride), gemm.block_count(dtype, depth, last - first)
+            found |= {"product: rows of the kernel collide"} if collide else set()
+            found |= {"product: rows collide in several blocks"} if collide and blocks > 1 else set()
         if gemm.is_thin(dtype, rows, column_stride):
             found.add(f"product: {'several slabs' if depth > gemm.EARLY else 'one slab'}")
         elif column_stride == 1 and f_first + 2 * width <= min(filters, f_last):
@@ -275,6 +277,7 @@ _PRODUCTS = {f"product: {height} rows left over" for height in _HEIGHTS} | {
     "product: a row copied at once",
     "product: several rows copied at once",
     "product: rows of the kernel collide",
+    "product: rows collide in several blocks",
     "product: one slab",
     "product: several slabs",
     "product: shared panels",

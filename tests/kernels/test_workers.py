@@ -7,7 +7,7 @@ import textwrap
 
 import pytest
 
-from fastsepconv.kernels.cpu import workers
+from fastsepconv.kernels.cpu import quota, workers
 from tests.kernels.thread_scripts import output
 
 OWN_POOL = pytest.mark.skipif(not workers.available(), reason="the package's own pool is for Linux")
@@ -81,7 +81,7 @@ def test_no_more_workers_help_than_were_asked_for(tmp_path):
     code = """
         import time
         from fastsepconv.kernels.cpu import atomics
-        from fastsepconv.kernels.cpu.workers import _monotonic_ns
+        from fastsepconv.kernels.cpu.clock import monotonic_ns
 
         @parallel_kernel
         def _meet(dtype, worker, workers, meeting, most):
@@ -89,8 +89,8 @@ def test_no_more_workers_help_than_were_asked_for(tmp_path):
             seen = atomics.load(most)
             while present > seen and not atomics.replace(most, seen, present):
                 seen = atomics.load(most)
-            until = _monotonic_ns() + 20_000_000
-            while _monotonic_ns() < until:
+            until = monotonic_ns() + 20_000_000
+            while monotonic_ns() < until:
                 pass
             atomics.add(meeting, -1)
 
@@ -122,21 +122,66 @@ def test_the_process_ends_while_another_thread_computes(tmp_path, end):
         assert output(code, tmp_path) == "done"
 
 
-def test_a_worker_looks_out_for_longer_where_its_cpu_is_nobody_elses(tmp_path):
+@pytest.mark.skipif(not workers.available(), reason="the package's own pool is for Linux")
+def test_a_worker_looks_out_for_longer_where_its_cpu_is_idle(tmp_path):
     code = """
         w = threads.workers  # not started: nobody else takes notes
-        def long(slept, used, times):
-            for _ in range(times):
-                w._note(slept, used)
-            return [w._look_out(opened) == w.LONG_LOOK_OUT_NS for opened in range(2 * w.PROBED)]
 
-        all_but_probes = [opened % w.PROBED != 0 for opened in range(2 * w.PROBED)]
-        never = [False] * (2 * w.PROBED)
-        print(long(0, 0, 1) == never)                               # nothing is known
-        print(long(150_000, 140_000, 8) == all_but_probes)          # one thread, from call to call
-        print(long(150_000, 700_000, 1) == all_but_probes)          # a thread's time that was counted late
-        print(long(150_000, 230_000, 8) == never)                   # a network's other operations
-        print(long(150_000, 140_000, 20) == all_but_probes)
-        print(long(w.LONG_LOOK_OUT_NS + 1, 100_000, 4) == never)    # in vain
+        def long(waited, slept, used, times=8):
+            for _ in range(times):
+                w._note(waited, slept, used)
+            return sum(w._look_out(opened) == w.LONG_LOOK_OUT_NS for opened in range(1600))
+
+        print(long(0, 0, 0) == 0)                                # nothing is known
+        print(1450 < long(200_000, 150_000, 140_000) < 1550)     # one thread, from call to call; one of 16 is short
+        print(long(200_000, 150_000, 700_000, 1) > 0)            # a thread's time that was counted late
+        print(long(200_000, 150_000, 230_000) == 0)              # a network's other operations
+        print(long(200_000, 150_000, 140_000, 20) > 0)
+        print(long(800_000, 300_000, 100_000) == 0)              # too late for a long look-out
+        print(long(200_000, 150_000, 140_000, 20) > 0)
+        w._forget_being_alone()
+        print(long(200_000, 150_000, 20_000, 1) == 0)
     """
-    assert output(code, tmp_path) == "\n".join(["True"] * 6)
+    assert output(code, tmp_path) == "\n".join(["True"] * 8)
+
+
+@OWN_POOL
+@pytest.mark.parametrize("count", [2, 3])
+def test_notes_are_taken_where_there_is_one_worker(tmp_path, count):
+    code = """
+        import time
+        w = threads.workers
+        def wait_between_calls(seconds):
+            for _ in range(20):
+                right()
+                time.sleep(seconds)
+            return w._words[w._SLEPT // 8]
+
+        print(wait_between_calls(0.002) > 0)
+        print(w._words[w._USED // 8] >= 1.5 * w._words[w._SLEPT // 8])  # a long look-out would be too short
+    """
+    noted = count == 2 and quota.cpus() is None
+    assert output(code, tmp_path, NUMBA_NUM_THREADS=str(count)) == ("True\nTrue" if noted else "False\nTrue")
+
+
+@OWN_POOL
+def test_a_worker_notices_who_wants_its_cpu(tmp_path):
+    """Both workers and another thread on one CPU: whoever looks out goes without it for a while."""
+    code = """
+        import subprocess, sys, time
+        w = threads.workers
+        right()
+        w._words[w._SLEPT // 8], w._words[w._USED // 8] = 10**9, 0  # all look-outs are long but for one of 16
+        cpu = {min(os.sched_getaffinity(0))}
+        for task in os.listdir("/proc/self/task"):
+            os.sched_setaffinity(int(task), cpu)
+        burn = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+        try:
+            until = time.monotonic() + 20
+            while w._words[w._USED // 8] == 0 and time.monotonic() < until:
+                right()
+        finally:
+            burn.kill()
+        print(w._words[w._USED // 8] > 0)
+    """
+    assert output(code, tmp_path, NUMBA_NUM_THREADS="2") == "True"
