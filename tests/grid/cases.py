@@ -309,7 +309,7 @@ SIZES = [
     dataclasses.replace(_PLAIN, filters=512, channels=70, image=(10, 11), operation="pointwise_depthwise"),
     dataclasses.replace(_PLAIN, filters=45, channels=600, image=(9, 7), run="graph"),
     dataclasses.replace(_PLAIN, filters=67, channels=300, batch=2, image=(4, 3), run="graph"),
-    dataclasses.replace(_PLAIN, filters=512, channels=256, batch=2, image=(20, 21), run="arrays"),
+    dataclasses.replace(_PLAIN, filters=512, channels=512, batch=2, image=(20, 20), run="arrays"),
     *[dataclasses.replace(_PLAIN, channels=70, batch=9, image=(size, size), run="arrays") for size in (1, 2, 3)],
     dataclasses.replace(_PLAIN, filters=40, channels=1100, image=(5, 4), run="arrays"),
     dataclasses.replace(
