@@ -148,12 +148,13 @@ def work(dtype, rows, filters, worker, workers):
 
 @kernel
 def _shares_panels(dtype, rows, depth, filters, row_stride, column_stride, workers):
-    """Whether the kernel is packed beforehand, for all: if packing in passing cannot be or, each time, costs more."""
+    """Whether the kernel is packed beforehand, for all: if packing in passing, or slowly, for each block costs more, or
+    cannot be: so with pairs of bfloat16."""
     part = ceil_div(rows, _row_parts(dtype, rows, filters, workers))
     blocks = block_count(dtype, depth, part)
-    enough = part // max(1, blocks) >= COPYING_ROWS or not rows_collide(dtype, row_stride)
     if terms(dtype) > 0:
         return blocks > 1 or column_stride != 1
+    enough = part // max(1, blocks) >= COPYING_ROWS or not rows_collide(dtype, row_stride)
     return factors(dtype) > 1 or blocks > (PASSES if enough and column_stride == 1 else 1)
 
 

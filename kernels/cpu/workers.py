@@ -3,8 +3,8 @@
 Between two kernels TensorFlow computes on threads of its own, as many as there are CPUs. TBB's threads spin for a
 millisecond after each piece of parallel work, and the scheduler likes to wake a thread on the CPU of its waker: now
 two busy threads share a CPU while another has none. Whole networks lost 5 to 10 % by that (Zen 4, 2 cores).
-Where a single thread goes from call to call, on the other hand, a worker that stays awake makes a layer in TensorFlow 3
-to 5 % faster (Zen 5, 2 cores). So an only worker looks out for longer where its CPU would be idle otherwise.
+Where a single thread goes from call to call, on the other hand, a worker that stays awake makes a layer in TensorFlow
+some 3 % faster (Zen 5, 2 cores). So an only worker looks out for longer where its CPU would be idle otherwise.
 
     caller:  claim a job -> fill it -> open it -> wake sleepers -> take shares of it -> close it -> wait for its helpers
     worker:  for each open job: join, take shares, leave -> look out for another -> sleep

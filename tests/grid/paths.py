@@ -152,25 +152,26 @@ def _forward_paths(
     shares = gemm.shares(rows, workers, packed)
     row_parts = gemm._row_parts(dtype, rows, filters, shares)
     first, last, f_first, f_last = gemm.work(dtype, rows, filters, 0, shares)
+    blocks = gemm.block_count(dtype, depth, last - first)
     left_over, found = (last - first) % gemm.TILE_ROWS, set()
     if packed:
         found.add("product: shared panels")
     else:
         if column_stride == 1 and filters >= width:
             found.add("product: panels packed in passing")
-            collide, blocks = gemm.rows_collide(dtype, row_stride), gemm.block_count(dtype, depth, last - first)
+            collide = gemm.rows_collide(dtype, row_stride)
             found |= {"product: rows of the kernel collide"} if collide else set()
             found |= {"product: rows collide in several blocks"} if collide and blocks > 1 else set()
         if gemm.is_thin(dtype, rows, column_stride):
             found.add(f"product: {'several slabs' if depth > gemm.EARLY else 'one slab'}")
         elif column_stride == 1 and f_first + 2 * width <= min(filters, f_last):
-            begin, end = gemm.block_range(dtype, first, last, gemm.block_count(dtype, depth, last - first), 0)
+            begin, end = gemm.block_range(dtype, first, last, blocks, 0)
             tiles, copies = gemm._copied_ahead(dtype, end - begin, depth)
             found |= {f"product: {'several rows' if copies > 1 else 'a row'} copied at once"} if tiles else set()
         if column_stride != 1 or filters % width:
             found.add("product: panels packed apart")
     found |= {f"product: rows {'copied' if pointwise._copied(dtype, depth) else 'in place'}"}
-    found |= {"product: several blocks"} if gemm.block_count(dtype, depth, last - first) > 1 else set()
+    found |= {"product: several blocks"} if blocks > 1 else set()
     found |= {f"product: {'rows' if row_parts == shares else 'filters'} split"} if workers > 1 else set()
     found |= {"product: more shares than threads"} if shares > workers else set()
     found |= {"product: whole tile"} if rows >= gemm.TILE_ROWS and filters >= width else set()

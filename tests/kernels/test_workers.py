@@ -122,7 +122,7 @@ def test_the_process_ends_while_another_thread_computes(tmp_path, end):
         assert output(code, tmp_path) == "done"
 
 
-@pytest.mark.skipif(not workers.available(), reason="the package's own pool is for Linux")
+@OWN_POOL
 def test_a_worker_looks_out_for_longer_where_its_cpu_is_idle(tmp_path):
     code = """
         w = threads.workers  # not started: nobody else takes notes
@@ -166,7 +166,7 @@ def test_notes_are_taken_where_there_is_one_worker(tmp_path, count):
 
 @OWN_POOL
 def test_a_worker_notices_who_wants_its_cpu(tmp_path):
-    """Both workers and another thread on one CPU: whoever looks out goes without it for a while."""
+    """The caller, the worker and another process on one CPU: the worker that looks out goes without it for a while."""
     code = """
         import subprocess, sys, time
         w = threads.workers
