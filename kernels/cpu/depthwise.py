@@ -144,7 +144,9 @@ def _input_line(dtype, g, c, count, n, h, kernel, dy, d_x):
     line = g.out_width * g.channels
     r, r_step, r_count, p, p_step = _taps_reaching(h + g.pad_top, g.stride_height, g.dilation_height, g.kernel_height)
     row_first, row_last = inside(p, p_step, r_count, g.out_height)
-    r, p = r + row_first * r_step, p + row_first * p_step
+    # rows from the last to the first, as their lines of dy ascend: tiles ask for more of the last line, the others are
+    # where the line of d_x before left them
+    r, p = r + (row_last - 1) * r_step, p + (row_last - 1) * p_step
     for phase in range(min(g.stride_width, g.width)):
         s, s_step, s_count, q, q_step = _taps_reaching(
             phase + g.pad_left, g.stride_width, g.dilation_width, g.kernel_width
@@ -152,9 +154,9 @@ def _input_line(dtype, g, c, count, n, h, kernel, dy, d_x):
         rows = row_last - row_first if s_count > 0 else 0
         line_span(
             dtype, count, 0, ceil_div(g.width - phase, g.stride_width),
-            dy + ((n * g.out_height + p) * line + c) * itemsize, p_step * line, low, rows,
+            dy + ((n * g.out_height + p) * line + c) * itemsize, -p_step * line, low, rows,
             q, 1, q_step, s_count, g.out_width, g.channels,
-            kernel + ((r * g.kernel_width + s) * g.channels + c) * itemsize, r_step * g.kernel_width * g.channels,
+            kernel + ((r * g.kernel_width + s) * g.channels + c) * itemsize, -r_step * g.kernel_width * g.channels,
             s_step * g.channels, 0,
             d_x + (((n * g.height + h) * g.width + phase) * g.channels + c) * itemsize, g.stride_width * g.channels,
             low, high,

@@ -70,8 +70,13 @@ def most_rows(dtype):
 
 
 @kernel
-def _multiply_band(dtype, g, filters, first, last, end, x, depthwise, dy, panels, zeros, d_mid, d_pointwise, room):
-    """Pixels first..last of d_mid, and what they add to d_pointwise; dy is asked for as far as pixel `end`."""
+def _multiply_band(
+    dtype, g, filters, first, last, end, x, depthwise, dy, panels, zeros, d_mid, d_pointwise, fresh, room
+):  # fmt: skip
+    """Pixels first..last of d_mid, and what they add to d_pointwise, or what it begins with if `fresh`.
+
+    Meanwhile dy is asked for as far as pixel `end`, and of x what the next block reads first.
+    """
     itemsize = size_of(dtype)
     depth, low, high = g.channels, -infinity(dtype), infinity(dtype)
     most = most_rows(dtype)
@@ -83,9 +88,11 @@ def _multiply_band(dtype, g, filters, first, last, end, x, depthwise, dy, panels
         m1, dy_block = min(last, m + step), dy + m * filters * itemsize
         if d_pointwise != 0:
             dw.forward_pixels(dtype, g, 0, depth, m, m1, x, low, depthwise, 0, mid, depth, low, high)
+            _, x_read = dw.input_range(g, m, m1)
             pw.add_gradient(
-                dtype, m1 - m, depth, filters, mid, depth, dy_block, filters, d_pointwise, False, 0, 0, room
-            )
+                dtype, m1 - m, depth, filters, mid, depth, dy_block, filters, d_pointwise, fresh and m == first,
+                x + x_read * itemsize, depth, room,
+            )  # fmt: skip
         if d_mid != 0:
             pw.multiply_rows(
                 dtype, m, m1, min(end, m1 + step), filters, depth, 0, depth, dy, 0, 1, filters,
@@ -122,20 +129,21 @@ def _add_lines(
         pointwise_sums = d_pointwise + group * size * itemsize if d_pointwise != 0 else 0
         if fresh and d_depthwise != 0:
             view(dtype, depthwise_sums, taps)[:] = 0
-        if fresh and d_pointwise != 0:
-            view(dtype, pointwise_sums, size)[:] = 0
         line, last = share(g.batch * g.out_height, group, GRADIENT_GROUPS)
         done = max(complete_lines(g, line), first_own_line(g, line))
+        begins = fresh != 0
+        if begins and line == last and d_pointwise != 0:  # a group without lines
+            view(dtype, pointwise_sums, size)[:] = 0
         while line < last:
             images, count = dw.next_lines(g, line, last, at_once)
             first, end = line * g.out_width, last * g.out_width
             _multiply_band(
                 dtype, g, filters, first, first + count * g.out_width, end, x, depthwise, dy, panels, zeros,
-                d_mid, pointwise_sums, room,
+                d_mid, pointwise_sums, begins, room,
             )  # fmt: skip
             if d_depthwise != 0:
                 dw.correlate_lines(dtype, g, line, images, count, x, d_mid, depthwise_sums)
-            line += count
+            line, begins = line + count, False
             if d_x != 0:
                 dw.input_lines(dtype, g, done, complete_lines(g, line), depthwise, d_mid, d_x)
             done = max(done, complete_lines(g, line))
