@@ -1,61 +1,30 @@
-"""The matrix product behind the pointwise step: how it is cut into blocks, tiles and shares of work.
+"""The matrix product behind the pointwise step: a block of rows and how it passes the kernel, panel by panel.
 
     y[m,f] = clamp(start[f] + sum over k of a[m,k] * kernel[k,f] + residual[m,f])
 
 The blocking is that of Goto and van de Geijn (Anatomy of High-Performance Matrix Multiplication, 2008) with one level
-less, since the whole depth is summed in registers: a block of a stays in L2; panels of the kernel stream
-past it, each read by every tile of rows of the block. What is needed next (the next panel, the next block) is asked
-for while the registers are busy with the present one. A few rows alone are another matter: see `_multiply_slabs`; and
-so is what AMX multiplies: see `amx_gemm`.
+less where the depth is summed in registers as a whole: a block of a stays in L2; panels of the kernel stream past it,
+each read by every tile of rows of the block. What is needed next (the next panel, the next block) is asked for while
+the registers are busy with the present one. Into how many blocks, and a great depth into how many parts, `blocking`
+says. A few rows alone are another matter: see `_multiply_slabs`; and so is what AMX multiplies: see `amx_gemm`.
 """
 
 from __future__ import annotations
 
 from . import amx_gemm
-from .amx import MATRICES, MULTIPLIED, SIDE, terms
-from .amx_gemm import MOST_DEPTH
-from .amx_packing import split_bytes
+from .amx import MATRICES, MULTIPLIED, terms
+from .blocking import THIN_ROWS, TILE_ROWS, block_count, depth_parts, row_parts, rows_collide, tile_height
 from .copying_tile import ask_for_rows, copying_tile
-from .gemm_tile import ASK_STEP, ASKS_A_STRETCH, EARLY, GEMM_ROWS, STRETCH, gemm_columns, gemm_tile
+from .gemm_tile import ASK_STEP, ASKS_A_STRETCH, EARLY, STRETCH, gemm_columns, gemm_tile
 from .jit import kernel
 from .memory import ceil_div, share, size_of, view
 from .packing import pack, pack_panel, packed_length, panel_length, whole_depth
 from .pool import compiled_once
-from .simd import CACHE_LINE, L1_PERIOD, factors, infinity
+from .simd import CACHE_LINE, factors, infinity
 
-TILE_ROWS, LEAST_ROWS = GEMM_ROWS[0], GEMM_ROWS[-1]
-BLOCK_BYTES = 384 << 10  # a block of a: an L2 of 1 MiB holds it, what the next is made of, and a panel of the kernel
-ONLY_BLOCK_BYTES = 720 * 1024  # the same where there is no next one: from L3 it costs less than all panels once more
-SHARES_A_THREAD = 2  # at most: each begins with rows that nobody has asked for
-AMX_BLOCK_BYTES, AMX_BLOCK_ROWS = 1 << 20, 256  # of a in terms of bfloat16: CPUs with AMX have an L2 of 2 MiB
 PASSES = 8  # packing a kernel in passing for so many blocks costs no more than packing it once beforehand
-BLOCK_TILES = 168 // TILE_ROWS  # more rows than that would cost more in address translation than they save
 STREAMED_BYTES = 24 << 20  # an output larger than that is gone from the caches before anyone reads it
-THIN_ROWS = 42  # with more, there are tiles enough to copy the next panel meanwhile
 COPYING_ROWS = 70  # of a block, the same where rows of the kernel drive each other out of the caches
-WORKER_ROWS = 112  # a worker with fewer would mostly wait for the kernel: filters are split instead
-
-
-@kernel
-def padded_row(dtype, depth):
-    """Elements from row to row of a block of a: an odd number of cache lines.
-
-    Rows L1_PERIOD apart share one set of L1, which has fewer ways than the tile has rows.
-    """
-    line = CACHE_LINE // size_of(dtype)
-    return (ceil_div(depth, line) | 1) * line
-
-
-@kernel
-def rows_collide(dtype, depth):
-    """Whether rows of `depth` elements, one behind the other, drive each other out of the caches."""
-    return depth * size_of(dtype) % (L1_PERIOD // 2) == 0
-
-
-@kernel
-def tile_rows(dtype):
-    """Rows of the highest tile."""
-    return SIDE if terms(dtype) > 0 else TILE_ROWS
 
 
 @kernel
@@ -63,94 +32,14 @@ def workspace_length(dtype, depth, rows):
     """Elements of scratch memory that `multiply_block` wants for blocks of so many rows."""
     if terms(dtype) > 0:
         return amx_gemm.workspace_bytes(dtype, rows, depth) // size_of(dtype)
-    return 2 * panel_length(dtype, depth)
-
-
-@kernel
-def tile_height(rows):
-    """The lowest tile that holds `rows` rows."""
-    best = TILE_ROWS
-    for height in GEMM_ROWS:
-        if height >= rows:
-            best = height
-    return best
-
-
-@kernel
-def _row_parts(dtype, rows, filters, workers):
-    """Into how many parts the rows are split; `workers` is a multiple of it. Small ones where filters are too few."""
-    tile, panels = tile_rows(dtype), ceil_div(filters, gemm_columns(dtype))
-    for parts in range(workers, 1, -1):
-        enough = ceil_div(rows, tile) >= parts * ceil_div(WORKER_ROWS, tile)
-        spare = panels * parts < 2 * workers and rows > parts * THIN_ROWS  # workers, with fewer parts
-        if workers % parts == 0 and (enough or spare):
-            return parts
-    return 1
-
-
-@kernel
-def block_count(dtype, depth, rows):
-    """Into how many blocks a worker's share of `rows` rows is cut."""
-    if terms(dtype) > 0:
-        return ceil_div(
-            rows, max(SIDE, min(AMX_BLOCK_ROWS, AMX_BLOCK_BYTES // split_bytes(SIDE, min(depth, MOST_DEPTH)) * SIDE))
-        )
-    tiles = ceil_div(rows, TILE_ROWS)
-    tile_bytes = TILE_ROWS * padded_row(dtype, depth) * size_of(dtype)
-    if tiles * tile_bytes <= ONLY_BLOCK_BYTES:
-        return 1
-    return ceil_div(tiles, min(max(1, BLOCK_BYTES // tile_bytes), BLOCK_TILES))
-
-
-@kernel
-def block_rows(dtype, rows, blocks):
-    """The most rows that one of the blocks has, in whole tiles."""
-    tile = tile_rows(dtype)
-    return min(ceil_div(rows, tile), ceil_div(rows // tile, blocks) + 1) * tile
-
-
-@kernel
-def block_range(dtype, first, last, blocks, number):
-    """The rows of one of the blocks of first..last: tiles, about equally many; the last has what is left over as well.
-
-    None, at the end, past the last block.
-    """
-    if number >= blocks:
-        return last, last
-    tile = tile_rows(dtype)
-    tiles = (last - first) // tile
-    begin, end = ceil_div(tiles * number, blocks), ceil_div(tiles * (number + 1), blocks)
-    return first + begin * tile, last if number == blocks - 1 else first + end * tile
-
-
-@kernel
-def shares(rows, threads, packed):
-    """Into how many shares a product is cut for `threads` threads: several each, if the kernel is `packed` beforehand.
-
-    A thread that something else holds up, or that wakes late, then leaves some of its shares to the others: 2 to 3 % of
-    a layer in TensorFlow, whose threads take the CPU now and then. Otherwise each share would pack the kernel anew.
-    """
-    tiles, least = ceil_div(rows, TILE_ROWS) // threads, ceil_div(WORKER_ROWS, TILE_ROWS)
-    return threads * min(max(1, tiles // least), SHARES_A_THREAD) if threads > 1 and packed else threads
-
-
-@kernel
-def work(dtype, rows, filters, worker, workers):
-    """A worker's share: (first row, past the last, first filter, past the last).
-
-    Rows are shared out in the lowest tiles' heights: in the highest's, of the 20.6 of 288 rows a worker would get 21.
-    """
-    width, parts = gemm_columns(dtype), _row_parts(dtype, rows, filters, workers)
-    first, last = share(ceil_div(rows, LEAST_ROWS), worker % parts, parts)
-    f_first, f_last = share(ceil_div(filters, width), worker // parts, workers // parts)
-    return first * LEAST_ROWS, min(last * LEAST_ROWS, rows), f_first * width, min(f_last * width, filters)
+    return 2 * panel_length(dtype, ceil_div(depth, depth_parts(dtype, depth)))
 
 
 @kernel
 def _shares_panels(dtype, rows, depth, filters, row_stride, column_stride, workers):
     """Whether the kernel is packed beforehand, for all: if packing in passing, or slowly, for each block costs more, or
     cannot be: so with pairs of bfloat16."""
-    part = ceil_div(rows, _row_parts(dtype, rows, filters, workers))
+    part = ceil_div(rows, row_parts(dtype, rows, filters, workers))
     blocks = block_count(dtype, depth, part)
     if terms(dtype) > 0:
         return blocks > 1 or column_stride != 1
@@ -334,6 +223,51 @@ def _multiply_slabs(
 
 
 @kernel
+def _multiply_part(
+    dtype, rows, depth, filters, f_first, f_last, a, a_row, tail, kernel, row_stride, column_stride,
+    panels, length, own, start, start_row, residual_offset, y, past_caches, ahead, ahead_length, low, high,
+):  # fmt: skip
+    """`multiply_block` for a part of the depth, whose panels are `length` elements apart."""
+    itemsize = size_of(dtype)
+    width, line = gemm_columns(dtype), CACHE_LINE // itemsize
+    row = width * factors(dtype)
+    silent = 1 if panels == 0 and column_stride == 1 else 0  # the tile that packs in passing
+    lines = lines_of_row(dtype, panels, row, row) if panels != 0 else lines_of_row(dtype, kernel, row_stride, width)
+    copying, _ = _copied_ahead(dtype, rows, depth) if silent != 0 else (0, 0)
+    asking = silent + (copying if copying > 0 else lines * ASK_STEP)
+    asks_ahead = max(0, ceil_div(rows, TILE_ROWS) - asking) * _asks(products(dtype, depth))
+    step_ahead = min(line, ceil_div(ahead_length, max(1, ceil_div(f_last - f_first, width) * asks_ahead)))
+    other, is_packed = own + panel_length(dtype, depth) * itemsize, False
+    for f in range(f_first, f_last, width):
+        columns = min(width, filters - f)
+        source, past = kernel + f * column_stride * itemsize, ahead + ahead_length * itemsize
+        b, b_step, panel, next_panel = panels + f // width * length * itemsize, row, 0, 0
+        next_b, next_step = b + length * itemsize, row
+        if panels == 0:
+            b, b_step, panel = source, row_stride, own
+            next_b, next_step = source + width * column_stride * itemsize, row_stride
+            if is_packed:
+                b, b_step, panel = own, row, 0
+            elif columns < width or column_stride != 1:
+                pack_panel(dtype, depth, columns, source, row_stride, column_stride, own)
+                b, b_step, panel = own, row, 0
+            is_packed = copying > 0 and f + 2 * width <= min(filters, f_last)
+            next_panel = other if is_packed else 0
+            own, other = other, own
+        # Not where one tile of rows goes through panels as fast as memory gives them: there the hardware's own reading
+        # ahead is 1.2 to 1.8 times as fast (Zen 4). But where a panel's rows collide, and drive each other on from L2
+        # to L3: not to wait for memory makes 10x10x1024-1536 1.3 times as fast (Zen 3).
+        if rows <= TILE_ROWS:
+            next_step = 0
+        _multiply_panel(
+            dtype, rows, depth, filters, columns, a, a_row, tail, b, b_step, panel, next_b, next_step, next_panel,
+            ahead, step_ahead if ahead < past else 0, start + f * itemsize, start_row, residual_offset,
+            y + f * itemsize, past_caches, low, high,
+        )  # fmt: skip
+        ahead += asks_ahead * step_ahead * itemsize
+
+
+@kernel
 def multiply_block(
     dtype, rows, depth, filters, f_first, f_last, a, a_row, tail, kernel, row_stride, column_stride,
     thin, panels, own, start, residual_offset, y, past_caches, ahead, ahead_length, low, high,
@@ -360,40 +294,16 @@ def multiply_block(
             residual_offset, y, low, high,
         )  # fmt: skip
         return
-    itemsize = size_of(dtype)
-    width, line = gemm_columns(dtype), CACHE_LINE // itemsize
-    row, length = width * factors(dtype), panel_length(dtype, depth)
-    silent = 1 if panels == 0 and column_stride == 1 else 0  # the tile that packs in passing
-    lines = lines_of_row(dtype, panels, row, row) if panels != 0 else lines_of_row(dtype, kernel, row_stride, width)
-    copying, _ = _copied_ahead(dtype, rows, depth) if silent != 0 else (0, 0)
-    asking = silent + (copying if copying > 0 else lines * ASK_STEP)
-    asks_ahead = max(0, ceil_div(rows, TILE_ROWS) - asking) * _asks(products(dtype, depth))
-    step_ahead = min(line, ceil_div(ahead_length, max(1, ceil_div(f_last - f_first, width) * asks_ahead)))
-    other, is_packed = own + length * itemsize, False
-    for f in range(f_first, f_last, width):
-        columns = min(width, filters - f)
-        source, past = kernel + f * column_stride * itemsize, ahead + ahead_length * itemsize
-        b, b_step, panel, next_panel = panels + f // width * length * itemsize, row, 0, 0
-        next_b, next_step = b + length * itemsize, row
-        if panels == 0:
-            b, b_step, panel = source, row_stride, own
-            next_b, next_step = source + width * column_stride * itemsize, row_stride
-            if is_packed:
-                b, b_step, panel = own, row, 0
-            elif columns < width or column_stride != 1:
-                pack_panel(dtype, depth, columns, source, row_stride, column_stride, own)
-                b, b_step, panel = own, row, 0
-            is_packed = copying > 0 and f + 2 * width <= min(filters, f_last)
-            next_panel = other if is_packed else 0
-            own, other = other, own
-        # Not where one tile of rows goes through panels as fast as memory gives them: there the hardware's own reading
-        # ahead is 1.2 to 1.8 times as fast (Zen 4). But where a panel's rows collide, and drive each other on from L2
-        # to L3: not to wait for memory makes 10x10x1024-1536 1.3 times as fast (Zen 3).
-        if rows <= TILE_ROWS:
-            next_step = 0
-        _multiply_panel(
-            dtype, rows, depth, filters, columns, a, a_row, tail, b, b_step, panel, next_b, next_step, next_panel,
-            ahead, step_ahead if ahead < past else 0, start + f * itemsize, 0, residual_offset, y + f * itemsize,
-            past_caches, low, high,
+    itemsize, parts, length = size_of(dtype), depth_parts(dtype, depth), panel_length(dtype, depth)
+    begin, begin_row, offset, streamed, asked, least, most = start, 0, 0, 0, 0, -infinity(dtype), infinity(dtype)
+    for part in range(parts):
+        k, k_end = share(depth, part, parts)
+        if part == parts - 1:
+            offset, streamed, asked, least, most = residual_offset, past_caches, ahead_length, low, high
+        _multiply_part(
+            dtype, rows, k_end - k, filters, f_first, f_last, a + k * itemsize, a_row,
+            tail + k * itemsize if tail != 0 else 0, kernel + k * row_stride * itemsize, row_stride, column_stride,
+            panels + k * gemm_columns(dtype) * itemsize if panels != 0 else 0, length, own, begin, begin_row, offset, y,
+            streamed, ahead, asked, least, most,
         )  # fmt: skip
-        ahead += asks_ahead * step_ahead * itemsize
+        begin, begin_row = y, filters

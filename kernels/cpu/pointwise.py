@@ -16,26 +16,28 @@ import numpy as np
 
 from . import amx_gemm
 from .amx import MATRICES, MULTIPLIED, ROWS, terms
-from .depthwise_tiles import correlate_tile
-from .gemm import (
+from .blocking import (
     TILE_ROWS,
     block_count,
     block_range,
     block_rows,
+    padded_row,
+    rows_collide,
+    shares,
+    tile_height,
+    tile_rows,
+    work,
+)
+from .depthwise_tiles import correlate_tile
+from .gemm import (
     clear_behind,
     column_of_lines,
     is_thin,
     lines_of_row,
     multiply_block,
-    padded_row,
     past_caches,
-    rows_collide,
     shared_length,
     shared_panels,
-    shares,
-    tile_height,
-    tile_rows,
-    work,
     workspace_length,
 )
 from .gemm_tile import ASK_STEP, gemm_columns, gemm_tile

@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from . import blocking, gemm
 from . import depthwise as dw
-from . import gemm
 from . import pointwise as pw
 from . import separable_bands as bands
 from .images import images_at_once, of_images
@@ -45,10 +45,10 @@ def _forward(
     """
     itemsize = size_of(dtype)
     pixels, depth = g.batch * g.out_height * g.out_width, g.channels
-    row = gemm.padded_row(dtype, depth)
-    first, last, f_first, f_last = gemm.work(dtype, pixels, filters, worker, workers)
-    blocks = gemm.block_count(dtype, depth, last - first)
-    most_rows = gemm.block_rows(dtype, last - first, blocks)
+    row = blocking.padded_row(dtype, depth)
+    first, last, f_first, f_last = blocking.work(dtype, pixels, filters, worker, workers)
+    blocks = blocking.block_count(dtype, depth, last - first)
+    most_rows = blocking.block_rows(dtype, last - first, blocks)
     block_length = most_rows * row
     streamed, thin = gemm.past_caches(dtype, pixels, filters, y), gemm.is_thin(dtype, pixels, 1)
     block = take_in_share(dtype, block_length + gemm.workspace_length(dtype, depth, most_rows), lacking)
@@ -56,13 +56,13 @@ def _forward(
         return
     own = block + block_length * itemsize
     for number in range(blocks):
-        m0, m1 = gemm.block_range(dtype, first, last, blocks, number)
+        m0, m1 = blocking.block_range(dtype, first, last, blocks, number)
         dw.forward_pixels(
             dtype, g, 0, depth, m0, m1, x, x_low, depthwise, 0, block, row, -infinity(dtype), infinity(dtype)
         )
         gemm.clear_behind(dtype, m1 - m0, depth, block, row)
         _, x_read = dw.input_range(g, m0, m1)
-        x_next, x_last = dw.input_range(g, *gemm.block_range(dtype, first, last, blocks, number + 1))
+        x_next, x_last = dw.input_range(g, *blocking.block_range(dtype, first, last, blocks, number + 1))
         x_next = max(x_next, x_read)
         gemm.multiply_block(
             dtype, m1 - m0, depth, filters, f_first, f_last, block, row, 0, pointwise, filters, 1,
@@ -84,7 +84,7 @@ def _forward_single(dtype, g, filters, x, x_low, depthwise, pointwise, kept, bia
     if packed == 0:
         return False
     panels = gemm.shared_panels(dtype, pixels, depth, filters, pointwise, filters, 1, kept, packed, threads)
-    shares = gemm.shares(pixels, threads, panels != 0)
+    shares = blocking.shares(pixels, threads, panels != 0)
     _forward(
         dtype, shares, g, filters, x, x_low, depthwise, pointwise, panels, start, residual_offset, y, low, high,
         address(lacking),
@@ -129,7 +129,7 @@ def _pointwise_gradient(dtype, worker, workers, g, filters, x, depthwise, dy, d_
     Parallel over: rectangles of d_pointwise, so nothing is reduced.
     """
     itemsize, low, high = size_of(dtype), -infinity(dtype), infinity(dtype)
-    pixels, depth, height = g.batch * g.out_height * g.out_width, g.channels, gemm.tile_rows(dtype)
+    pixels, depth, height = g.batch * g.out_height * g.out_width, g.channels, blocking.tile_rows(dtype)
     row = COLUMNS_AT_ONCE // height * height
     k_first, k_last, f_first, f_last = pw.gradient_work(dtype, depth, filters, worker, workers)
     length = pw.gradient_length(dtype, k_last - k_first)

@@ -12,8 +12,9 @@ import numpy as np
 
 from . import depthwise as dw
 from . import pointwise as pw
+from .blocking import tile_rows
 from .depthwise import GRADIENT_GROUPS
-from .gemm import tile_rows, workspace_length
+from .gemm import workspace_length
 from .images import images_at_once, of_images
 from .jit import kernel
 from .memory import address, ceil_div, keep, share, size_of, view

@@ -14,6 +14,7 @@ from fastsepconv.kernels import cpu
 from fastsepconv.kernels.cpu import (
     amx,
     amx_gemm,
+    blocking,
     depthwise,
     depthwise_line,
     gemm,
@@ -149,34 +150,36 @@ def _forward_paths(
         return _amx_paths(dtype, rows, depth, filters, row_stride, column_stride, workers, kept)
     width = TILE.vectors * _lanes(dtype)
     packed = kept or bool(gemm._shares_panels(dtype, rows, depth, filters, row_stride, column_stride, workers))
-    shares = gemm.shares(rows, workers, packed)
-    row_parts = gemm._row_parts(dtype, rows, filters, shares)
-    first, last, f_first, f_last = gemm.work(dtype, rows, filters, 0, shares)
-    blocks = gemm.block_count(dtype, depth, last - first)
-    left_over, found = (last - first) % gemm.TILE_ROWS, set()
+    shares = blocking.shares(rows, workers, packed)
+    row_parts = blocking.row_parts(dtype, rows, filters, shares)
+    first, last, f_first, f_last = blocking.work(dtype, rows, filters, 0, shares)
+    blocks = blocking.block_count(dtype, depth, last - first)
+    left_over, found = (last - first) % blocking.TILE_ROWS, set()
     if packed:
         found.add("product: shared panels")
     else:
         if column_stride == 1 and filters >= width:
             found.add("product: panels packed in passing")
-            collide = gemm.rows_collide(dtype, row_stride)
+            collide = blocking.rows_collide(dtype, row_stride)
             found |= {"product: rows of the kernel collide"} if collide else set()
             found |= {"product: rows collide in several blocks"} if collide and blocks > 1 else set()
         if gemm.is_thin(dtype, rows, column_stride):
             found.add(f"product: {'several slabs' if depth > gemm.EARLY else 'one slab'}")
         elif column_stride == 1 and f_first + 2 * width <= min(filters, f_last):
-            begin, end = gemm.block_range(dtype, first, last, blocks, 0)
+            begin, end = blocking.block_range(dtype, first, last, blocks, 0)
             tiles, copies = gemm._copied_ahead(dtype, end - begin, depth)
             found |= {f"product: {'several rows' if copies > 1 else 'a row'} copied at once"} if tiles else set()
         if column_stride != 1 or filters % width:
             found.add("product: panels packed apart")
+    if blocking.depth_parts(dtype, depth) > 1 and not gemm.is_thin(dtype, rows, column_stride):
+        found.add(f"product: parts of the depth, panels {'shared' if packed else 'packed in passing'}")
     found |= {f"product: rows {'copied' if pointwise._copied(dtype, depth) else 'in place'}"}
     found |= {"product: several blocks"} if blocks > 1 else set()
     found |= {f"product: {'rows' if row_parts == shares else 'filters'} split"} if workers > 1 else set()
     found |= {"product: more shares than threads"} if shares > workers else set()
-    found |= {"product: whole tile"} if rows >= gemm.TILE_ROWS and filters >= width else set()
-    found |= {f"product: {gemm.tile_height(left_over)} rows left over"} if left_over else set()
-    found |= {"product: last tile copied"} if gemm.tile_height(left_over) > left_over > 0 else set()
+    found |= {"product: whole tile"} if rows >= blocking.TILE_ROWS and filters >= width else set()
+    found |= {f"product: {blocking.tile_height(left_over)} rows left over"} if left_over else set()
+    found |= {"product: last tile copied"} if blocking.tile_height(left_over) > left_over > 0 else set()
     found |= {"product: columns left over"} if filters % width else set()
     found |= {"product: products left over"} if gemm.products(dtype, depth) % gemm_tile.STRETCH else set()
     found |= {"product: two sums"} if depth > gemm_tile.SUMMED_AT_ONCE else set()
@@ -194,9 +197,9 @@ def _amx_paths(
 ) -> set[str]:
     """The same in AMX's registers."""
     packed = kept or bool(gemm._shares_panels(dtype, rows, depth, filters, row_stride, column_stride, workers))
-    shares = gemm.shares(rows, workers, packed)
-    row_parts = gemm._row_parts(dtype, rows, filters, shares)
-    first, last, _, _ = gemm.work(dtype, rows, filters, 0, shares)
+    shares = blocking.shares(rows, workers, packed)
+    row_parts = blocking.row_parts(dtype, rows, filters, shares)
+    first, last, _, _ = blocking.work(dtype, rows, filters, 0, shares)
     name, left_over = np.dtype(dtype).name, (last - first) % amx.SIDE
     found = {f"AMX {name}: panels {'shared' if packed else 'packed in passing'}"}
     found |= {"AMX: rows side by side for the depth"} if column_stride != 1 else set()
@@ -205,7 +208,7 @@ def _amx_paths(
     found |= {f"AMX {name}: {'half a tile' if left_over <= amx.ROWS else 'a tile'} left over"} if left_over else set()
     found |= {f"AMX {name}: whole tile"} if rows >= amx.SIDE and filters >= amx.SIDE else set()
     found |= {f"AMX {name}: columns left over"} if filters % amx.SIDE else set()
-    found |= {f"AMX {name}: several blocks"} if gemm.block_count(dtype, depth, last - first) > 1 else set()
+    found |= {f"AMX {name}: several blocks"} if blocking.block_count(dtype, depth, last - first) > 1 else set()
     found |= {f"AMX: {'rows' if row_parts == shares else 'filters'} split"} if workers > 1 else set()
     found |= {"AMX: more shares than threads"} if shares > workers else set()
     found |= {"AMX: past the caches"} if gemm.past_caches(dtype, rows, filters, 0) else set()
@@ -225,7 +228,7 @@ def _gradient_paths(dtype, rows: int, depth: int, filters: int) -> set[str]:
     found = {"product gradient: several blocks"} if pointwise.gradient_blocks(rows) > 1 else set()
     found |= {"product gradient: panels packed in passing"} if filters >= width else set()
     found |= {"product gradient: columns left over"} if filters % width else set()
-    return found | ({"product gradient: rows left over"} if depth % gemm.TILE_ROWS else set())
+    return found | ({"product gradient: rows left over"} if depth % blocking.TILE_ROWS else set())
 
 
 def every_path() -> set[str]:
@@ -270,7 +273,7 @@ def every_path() -> set[str]:
     )
 
 
-_HEIGHTS = {gemm.tile_height(rows) for rows in range(1, gemm.TILE_ROWS)}
+_HEIGHTS = {blocking.tile_height(rows) for rows in range(1, blocking.TILE_ROWS)}
 _PRODUCTS = {f"product: {height} rows left over" for height in _HEIGHTS} | {
     "product: products left over",
     "product: panels packed in passing",
@@ -279,6 +282,8 @@ _PRODUCTS = {f"product: {height} rows left over" for height in _HEIGHTS} | {
     "product: several rows copied at once",
     "product: rows of the kernel collide",
     "product: rows collide in several blocks",
+    "product: parts of the depth, panels shared",
+    "product: parts of the depth, panels packed in passing",
     "product: one slab",
     "product: several slabs",
     "product: shared panels",

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fastsepconv.kernels import reference
-from fastsepconv.kernels.cpu import depthwise, gemm, packing, pointwise, separable, threads
+from fastsepconv.kernels.cpu import blocking, depthwise, gemm, packing, pointwise, separable, threads
 from fastsepconv.kernels.cpu.jit import kernel
 from fastsepconv.kernels.cpu.tiles import CHOSEN
 from fastsepconv.kernels.geometry import resolve
@@ -16,6 +16,7 @@ from tests.tolerances import assert_close
 from .test_cpu import OPERATIONS, Buffers, drawn_geometry, on_threads, operands
 
 HIGH = np.inf
+DEEP = blocking.DEPTH_BYTES // 4 + 7  # of float32 two parts of the depth, of float64 three
 
 
 @kernel
@@ -68,7 +69,7 @@ def test_equals_the_reference(operation, dtype, rng):
         assert_close(f"{operation} {g}", y, expected(operation, g, inputs, residual, x_low, low))
 
 
-@pytest.mark.parametrize("filters", [gemm.TILE_ROWS * 4, 256])
+@pytest.mark.parametrize("filters", [blocking.TILE_ROWS * 4, 256])
 @pytest.mark.parametrize("depth", [1, 300, 600])
 def test_residuals_of_whole_tiles_and_of_packed_kernels(depth, filters, rng):
     """Depths of one running sum and of several; rows that collide in the caches, and rows that do not."""
@@ -91,23 +92,23 @@ def test_rows_that_go_by_slabs_are_never_split():
     """Else the number of threads would decide on how the kernel is packed, and so on the order of the sums."""
     for workers in range(1, 65):
         for filters in (1, 1000):
-            assert gemm._row_parts(np.float32, gemm.THIN_ROWS, filters, workers) == 1
+            assert blocking.row_parts(np.float32, blocking.THIN_ROWS, filters, workers) == 1
 
 
-@pytest.mark.parametrize("rows", [gemm.WORKER_ROWS, 200, 500])
+@pytest.mark.parametrize("rows", [blocking.WORKER_ROWS, 200, 500])
 def test_rows_are_split_where_each_worker_has_enough_or_there_is_nothing_else_to_share_out(rows):
     width, workers = CHOSEN.vectors * CHOSEN.vector_bytes // 4, 2
-    many, few = (gemm._row_parts(np.float32, rows, filters, workers) for filters in (8 * width, width))
-    assert many == (2 if rows >= 2 * gemm.WORKER_ROWS else 1)
+    many, few = (blocking.row_parts(np.float32, rows, filters, workers) for filters in (8 * width, width))
+    assert many == (2 if rows >= 2 * blocking.WORKER_ROWS else 1)
     assert few == 2
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("depth", [1, gemm.EARLY, gemm.EARLY + 1, 2 * gemm.EARLY + 51])
+@pytest.mark.parametrize("depth", [1, gemm.EARLY, gemm.EARLY + 1, 2 * gemm.EARLY + 51, DEEP])
 @pytest.mark.parametrize("filters", [1, 67, 130, 512])  # rows of 512 collide
-def test_few_rows_by_slabs_of_the_kernel(depth, filters, dtype, rng):
-    """As many rows as go by slabs, and more. Between two slabs nothing is clamped, and no residual added."""
-    for rows in (1, 9, gemm.TILE_ROWS, gemm.TILE_ROWS + 1, gemm.THIN_ROWS, gemm.THIN_ROWS + 1):
+def test_few_rows_by_slabs_of_the_kernel_and_great_depths_in_parts(depth, filters, dtype, rng):
+    """As many rows as go by slabs, and more. Between two slabs, or parts, nothing is clamped, and no residual added."""
+    for rows in (1, 9, blocking.TILE_ROWS, blocking.TILE_ROWS + 1, blocking.THIN_ROWS, blocking.THIN_ROWS + 1):
         shapes = (rows, depth), (depth, filters), (filters,), (rows, filters)
         values = [rng.standard_normal(shape) for shape in shapes]
         values[0].flat[-1] = np.nan
@@ -123,10 +124,10 @@ def test_few_rows_by_slabs_of_the_kernel(depth, filters, dtype, rng):
         assert_close(f"{rows} rows", results[0], expected("pointwise", None, inputs, residual, -np.inf, 0.0))
 
 
-def test_a_residual_of_an_output_past_the_caches(rng):
-    filters = 256
+@pytest.mark.parametrize(("depth", "filters"), [(3, 256), (DEEP, 1024)])
+def test_a_residual_of_an_output_past_the_caches(depth, filters, rng):
     rows = gemm.STREAMED_BYTES // (4 * filters) + 5
-    values = [rng.standard_normal(shape, "float32") for shape in ((rows, 3), (3, filters), (filters,))]
+    values = [rng.standard_normal(shape, "float32") for shape in ((rows, depth), (depth, filters), (filters,))]
     buffers = Buffers("float32")
     inputs = [buffers.input(array) for array in values]
     residual, y = buffers.input(rng.standard_normal((rows, filters))), buffers.output((rows, filters))
