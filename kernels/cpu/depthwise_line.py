@@ -11,6 +11,22 @@ from .depthwise_tiles import PIXELS, SLIDES, SLIDING_TAPS, depthwise_tile, slidi
 from .jit import kernel
 from .memory import ceil_div, size_of
 from .pool import compiled_once
+from .simd import lanes
+from .tiles import CHOSEN
+
+LINES_BYTES = 32 * 1024  # what a few lines need of L1
+ALL_CHANNELS = 1 << 40
+
+
+@kernel
+def channel_block(dtype, pixels):
+    """Channels taken at once: so many that `pixels` pixels, which consecutive lines read again, are still in L1.
+
+    All, where not even the least would be: the hardware reads ahead of whole pixels.
+    """
+    least = CHOSEN.span * lanes(dtype)
+    blocks = LINES_BYTES // max(1, pixels * least * size_of(dtype))
+    return blocks * least if blocks > 0 else ALL_CHANNELS
 
 
 @kernel

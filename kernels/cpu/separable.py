@@ -21,6 +21,7 @@ from . import blocking, gemm
 from . import depthwise as dw
 from . import pointwise as pw
 from . import separable_bands as bands
+from .depthwise_gradients import gradients
 from .images import images_at_once, of_images
 from .jit import entry, kernel
 from .memory import address, fence, keep, share, size_of, view
@@ -193,11 +194,8 @@ def _backward_in_steps(dtype, g, filters, x, depthwise, pointwise, dy, d_x, d_de
             had_memory &= pw.multiply(
                 dtype, rows, filters, depth, dy_part, pointwise, 1, filters, kept, 0, 0, d_mid, low, high, threads
             )
-        if d_x != 0:
-            d_x_part = d_x + n * g.height * g.width * depth * itemsize
-            dw.input_gradient(dtype, threads, part, depthwise, d_mid, d_x_part)
-        if d_depthwise != 0:
-            had_memory &= dw.kernel_gradient(dtype, part, x_part, d_mid, d_depthwise, accumulate, threads)
+            d_x_part = d_x + n * g.height * g.width * depth * itemsize if d_x != 0 else 0
+            had_memory &= gradients(dtype, part, x_part, depthwise, d_mid, d_x_part, d_depthwise, accumulate, threads)
     give(block)
     return had_memory
 

@@ -13,7 +13,7 @@ import numpy as np
 from . import depthwise as dw
 from . import pointwise as pw
 from .blocking import tile_rows
-from .depthwise import GRADIENT_GROUPS
+from .depthwise_gradients import GRADIENT_GROUPS, correlate_lines, input_lines, lines_at_once, next_lines
 from .gemm import workspace_length
 from .images import images_at_once, of_images
 from .jit import kernel
@@ -34,7 +34,7 @@ D_MID_BYTES = 4 << 20  # of some images at once, for their seams
 def wanted(dtype, g, filters):
     """Whether to work in bands: the sums are small, the bands are not, and mid would not stay in the caches."""
     itemsize = size_of(dtype)
-    lines = dw.lines_at_once(dtype, g, BAND_BYTES)
+    lines = lines_at_once(dtype, g, g.channels, BAND_BYTES)
     if lines > g.out_height:  # whole images
         lines -= lines % max(1, g.out_height)
     small = GRADIENT_GROUPS * g.channels * filters * itemsize <= SUMS_BYTES
@@ -123,7 +123,7 @@ def _add_lines(
     if room == 0:
         return
     taps, size = g.kernel_height * g.kernel_width * g.channels, g.channels * filters
-    at_once = dw.lines_at_once(dtype, g, BAND_BYTES)
+    at_once = lines_at_once(dtype, g, g.channels, BAND_BYTES)
     first_group, last_group = share(GRADIENT_GROUPS, worker, workers)
     for group in range(first_group, last_group):
         depthwise_sums = d_depthwise + group * taps * itemsize if d_depthwise != 0 else 0
@@ -136,17 +136,17 @@ def _add_lines(
         if begins and line == last and d_pointwise != 0:  # a group without lines
             view(dtype, pointwise_sums, size)[:] = 0
         while line < last:
-            images, count = dw.next_lines(g, line, last, at_once)
+            images, count = next_lines(g, line, last, at_once)
             first, end = line * g.out_width, last * g.out_width
             _multiply_band(
                 dtype, g, filters, first, first + count * g.out_width, end, x, depthwise, dy, panels, zeros,
                 d_mid, pointwise_sums, begins, room,
             )  # fmt: skip
             if d_depthwise != 0:
-                dw.correlate_lines(dtype, g, line, images, count, x, d_mid, depthwise_sums)
+                correlate_lines(dtype, g, 0, g.channels, line, images, count, x, d_mid, depthwise_sums)
             line, begins = line + count, False
             if d_x != 0:
-                dw.input_lines(dtype, g, done, complete_lines(g, line), depthwise, d_mid, d_x)
+                input_lines(dtype, g, 0, g.channels, done, complete_lines(g, line), depthwise, d_mid, d_x)
             done = max(done, complete_lines(g, line))
     give(room)
 
@@ -161,7 +161,7 @@ def _fill_seams(dtype, worker, workers, g, depthwise, d_mid, d_x):
     for group in range(first_group, last_group):
         line, last = share(g.batch * g.out_height, group, GRADIENT_GROUPS)
         own = min(first_own_line(g, line), complete_lines(g, last))
-        dw.input_lines(dtype, g, complete_lines(g, line), own, depthwise, d_mid, d_x)
+        input_lines(dtype, g, 0, g.channels, complete_lines(g, line), own, depthwise, d_mid, d_x)
 
 
 @kernel

@@ -15,7 +15,7 @@ from fastsepconv.kernels.cpu import (
     amx,
     amx_gemm,
     blocking,
-    depthwise,
+    depthwise_gradients,
     depthwise_line,
     gemm,
     gemm_tile,
@@ -55,7 +55,7 @@ def paths(case: Case) -> set[str]:
     if case.operation == "depthwise_pointwise":
         found |= _forward_paths(forward_dtype, _pixels(g), g.channels, case.filters, case.filters, 1, workers)
         return found | _separable_paths(dtype, g, case.filters, workers)
-    return found | _kernel_gradient_parts(dtype, g, depthwise.BAND_BYTES)
+    return found | _gradient_parts(dtype, g)
 
 
 def _dtypes(case: Case) -> tuple[type, type]:
@@ -74,12 +74,15 @@ def _separable_paths(dtype, g: Geometry, filters: int, workers: int) -> set[str]
     if separable_bands.wanted(dtype, g, filters):
         at_once = images.images_at_once(dtype, g, separable_bands.D_MID_BYTES)
         found = {"backward in bands", f"backward in bands: {'parts' if at_once < g.batch else 'whole batch'}"}
-        return found | _kernel_gradient_parts(dtype, g._replace(batch=at_once), separable_bands.BAND_BYTES)
+        groups, band_bytes = depthwise_gradients.GRADIENT_GROUPS, separable_bands.BAND_BYTES
+        return found | _lines_at_once(dtype, g._replace(batch=at_once), g.channels, groups, band_bytes)
     at_once = images.images_at_once(dtype, g, separable.D_MID_BYTES)
     part = at_once * _pixels(g) // g.batch
     found = {"backward in parts" if at_once < g.batch else "backward at once"}
     found |= _forward_paths(dtype, part, filters, g.channels, 1, filters, workers, kept=at_once < g.batch)
-    found |= _kernel_gradient_parts(dtype, g._replace(batch=at_once), depthwise.BAND_BYTES)
+    found |= _gradient_parts(dtype, g._replace(batch=at_once))
+    if at_once < g.batch and depthwise_gradients.gradient_parts(dtype, g._replace(batch=at_once))[0] == 1:
+        found.add("depthwise gradients: one group of lines, several parts of the batch")
     return found | _gradient_paths(dtype, part, g.channels, filters)
 
 
@@ -90,12 +93,12 @@ def _lanes(dtype) -> int:
 def _depthwise_paths(dtype, g: Geometry) -> set[str]:
     slides = depthwise_line.slides(g.kernel_width, g.dilation_width, g.stride_width)
     found = _sliding_paths(g) if slides else _tile_paths(g)
-    together = slides and depthwise._tap_columns(g, 1)[0] < depthwise._tap_columns(g, 1)[1]
+    together = slides and depthwise_gradients._tap_columns(g, 1)[0] < depthwise_gradients._tap_columns(g, 1)[1]
     found.add(f"depthwise gradient: {'taps together' if together else 'a tap at a time'}")
-    whole_first, whole_last = depthwise._whole_lines(g, 0, g.out_height)
+    whole_first, whole_last = depthwise_gradients._whole_lines(g, 0, g.out_height)
     if together and whole_first < whole_last:
         found.add("depthwise gradient: rows together")
-    block, lanes = depthwise.channel_block(dtype, g.width * g.kernel_height), _lanes(dtype)
+    block, lanes = depthwise_line.channel_block(dtype, g.width * g.kernel_height), _lanes(dtype)
     found |= {"depthwise: several channel blocks"} if g.channels > block else set()
     span = (TILE.slide_span if slides else TILE.span) * lanes
     if slides:
@@ -110,7 +113,7 @@ def _depthwise_paths(dtype, g: Geometry) -> set[str]:
 
 def _tile_paths(g: Geometry) -> set[str]:
     """How the pixels of a line are taken where they do not slide."""
-    first, last = depthwise._tap_columns(g, 0)[0], depthwise._tap_columns(g, g.kernel_width - 1)[1]
+    first, last = depthwise_gradients._tap_columns(g, 0)[0], depthwise_gradients._tap_columns(g, g.kernel_width - 1)[1]
     inner = max(0, last - first)
     found = {"depthwise: pixels together"} if inner >= TILE.pixels else set()
     found |= {"depthwise: inner pixels left over"} if inner % TILE.pixels else set()
@@ -119,7 +122,7 @@ def _tile_paths(g: Geometry) -> set[str]:
 
 def _sliding_paths(g: Geometry) -> set[str]:
     """How they are taken where they do."""
-    (inner_first, _), (first, last), (_, inner_last) = (depthwise._tap_columns(g, tap) for tap in range(3))
+    (inner_first, _), (first, last), (_, inner_last) = (depthwise_gradients._tap_columns(g, tap) for tap in range(3))
     found, left = set(), last - first
     while left > 0:
         pixels = depthwise_line.sliding_pixels(left)
@@ -130,16 +133,25 @@ def _sliding_paths(g: Geometry) -> set[str]:
     return found | ({"depthwise sliding: middle tap outside"} if last - first < g.out_width else set())
 
 
-def _kernel_gradient_parts(dtype, g: Geometry, band_bytes: int) -> set[str]:
-    """As `depthwise` and `separable_bands` go through their groups of lines."""
-    parts, at_once = set(), depthwise.lines_at_once(dtype, g, band_bytes)
-    for group in range(depthwise.GRADIENT_GROUPS):
-        line, last = share(g.batch * g.out_height, group, depthwise.GRADIENT_GROUPS)
+def _gradient_parts(dtype, g: Geometry) -> set[str]:
+    """How the gradients of the depthwise step are cut."""
+    groups, parts = depthwise_gradients.gradient_parts(dtype, g)
+    found = {f"depthwise gradients: {'several groups of lines' if groups > 1 else 'one group of lines'}"}
+    found |= {"depthwise gradients: parts of the channels"} if parts > 1 else set()
+    first, last = depthwise_gradients._channels_of(dtype, g, 0, parts)
+    return found | _lines_at_once(dtype, g, last - first, groups, depthwise_gradients.BAND_BYTES)
+
+
+def _lines_at_once(dtype, g: Geometry, channels: int, groups: int, band_bytes: int) -> set[str]:
+    """How `depthwise_gradients` and `separable_bands` go through their groups of lines."""
+    found, at_once = set(), depthwise_gradients.lines_at_once(dtype, g, channels, band_bytes)
+    for group in range(groups):
+        line, last = share(g.batch * g.out_height, group, groups)
         while line < last:
-            images, count = depthwise.next_lines(g, line, last, at_once)
-            parts.add(f"depthwise gradient: {'whole images' if images else 'part of an image'}")
+            images, count = depthwise_gradients.next_lines(g, line, last, at_once)
+            found.add(f"depthwise gradient: {'whole images' if images else 'part of an image'}")
             line += count
-    return parts
+    return found
 
 
 def _forward_paths(
@@ -267,6 +279,10 @@ def every_path() -> set[str]:
             "depthwise gradient: taps together",
             "depthwise gradient: a tap at a time",
             "depthwise gradient: rows together",
+            "depthwise gradients: one group of lines",
+            "depthwise gradients: one group of lines, several parts of the batch",
+            "depthwise gradients: several groups of lines",
+            "depthwise gradients: parts of the channels",
             "depthwise gradient: whole images",
             "depthwise gradient: part of an image",
         }

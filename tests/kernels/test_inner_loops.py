@@ -22,7 +22,7 @@ FUNCTIONS = (
     "pointwise._gradient_panel",
     "depthwise_line._slide",
     "depthwise_line._tiles",
-    "depthwise._correlate_columns",
+    "depthwise_gradients._correlate_columns",
 )
 REGISTERS = {"avx512": "zmm", "avx2": "ymm"}
 # A core that starts five or six instructions a cycle starts two fused multiply-adds; Zen 4 one of those of 512 bits.
