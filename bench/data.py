@@ -28,10 +28,10 @@ def write(problem: Problem, folder: Path, seed: int = 0) -> None:
 
 def _write_layer(layer: Layer, folder: Path, rng: np.random.Generator) -> None:
     """x, dy (for "backward") and each weight set, in the size that keeps y near 1."""
-    image = (layer.batch, layer.size, layer.size)
-    arrays = {"x": rng.standard_normal((*image, layer.channels), np.float32)}
+    shapes = {"x": (layer.batch, layer.size, layer.size, layer.channels)}
     if layer.mode == BACKWARD:
-        arrays["dy"] = rng.standard_normal((*image, layer.filters), np.float32)
+        shapes["dy"] = (layer.batch, layer.output_size, layer.output_size, layer.filters)
+    arrays = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
     sets = [{key: _weight(rng, shape) for key, shape in layer.weight_shapes.items()} for _ in range(layer.weight_sets)]
     for name, part in (("input", arrays), *((f"weights{index}", weights) for index, weights in enumerate(sets))):
         save(folder / name, {key: _rounded(array) for key, array in part.items()} if layer.dtype == BFLOAT16 else part)

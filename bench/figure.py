@@ -96,9 +96,10 @@ def _distance(entry: dict, side: str) -> float:
 
 
 def _tick(record: dict) -> str:
-    return f"{record['size']}x{record['size']}\n{record['channels']}" + (
-        f" to {record['filters']}" if record["op"] != "depthwise" else ""
-    )
+    """The shape; what is not plain in its geometry has lines of its own, for two layers may differ in that alone."""
+    geometry = "".join(f"\n{part}" for part in record["name"].split("/")[1].split(",")[1:])
+    filters = f" to {record['filters']}" if record["op"] != "depthwise" else ""
+    return f"{record['size']}x{record['size']}\n{record['channels']}{filters}{geometry}"
 
 
 def _panel_title(record: dict) -> str:

@@ -1,4 +1,4 @@
-"""What was measured on: the processor, its caches and features, the system; and its arithmetic peak."""
+"""What was measured on: the processor, its caches and features, the system; its arithmetic peak and rate of copying."""
 
 from __future__ import annotations
 
@@ -51,17 +51,27 @@ def process_seconds(pid: int) -> float:
 
 def peak(threads: int, dtype: str = FLOAT32) -> dict[str, float]:
     """GFLOP/s of a dtype's multiply-adds, by the number of threads; measured now, in a process of its own."""
-    command = [sys.executable, str(Path(__file__).with_name("peak.py")), str(threads), dtype]
+    return _measured("peak.py", threads, dtype)["gflops"]
+
+
+def copying(threads: int) -> dict[str, float]:
+    """GB/s that are read and written in a copy which no cache holds, likewise."""
+    return _measured("bandwidth.py", threads)["gbytes"]
+
+
+def higher(first: dict[str, float], second: dict[str, float]) -> dict[str, float]:
+    """The higher of two measurements of the peak, or of copying, for each number of threads."""
+    return {threads: max(first[threads], second[threads]) for threads in first}
+
+
+def _measured(program: str, threads: int, *arguments: str) -> dict:
+    """What a program of this folder prints."""
+    command = [sys.executable, str(Path(__file__).with_name(program)), str(threads), *arguments]
     environment = os.environ | {"NUMBA_NUM_THREADS": str(threads)}
     answer = subprocess.run(
         command, capture_output=True, text=True, check=True, env=environment, cwd=tempfile.gettempdir()
     )
-    return json.loads(answer.stdout)["gflops"]
-
-
-def higher(first: dict[str, float], second: dict[str, float]) -> dict[str, float]:
-    """The higher of two measurements of the peak, for each number of threads."""
-    return {threads: max(first[threads], second[threads]) for threads in first}
+    return json.loads(answer.stdout)
 
 
 def _ticks() -> int:

@@ -39,15 +39,16 @@ class _Graph:
         """`kernel` `[R,S,C,F]`, as Keras keeps it."""
         return self._convolution(x, np.transpose(kernel, (3, 2, 0, 1)), bias, 1, strides, padding)
 
-    def depthwise(self, x: str, kernel, bias=None, strides=(1, 1), padding="same") -> str:
+    def depthwise(self, x: str, kernel, bias=None, strides=(1, 1), padding="same", dilations=(1, 1)) -> str:
         """`kernel` `[R,S,C,M]` -> ONNX's `[C*M,1,R,S]` in C groups."""
         taps_h, taps_w, channels, multiplier = kernel.shape
         grouped = np.transpose(kernel, (2, 3, 0, 1)).reshape(channels * multiplier, 1, taps_h, taps_w)
-        return self._convolution(x, grouped, bias, channels, strides, padding)
+        return self._convolution(x, grouped, bias, channels, strides, padding, dilations)
 
-    def _convolution(self, x, kernel, bias, groups, strides, padding) -> str:
+    def _convolution(self, x, kernel, bias, groups, strides, padding, dilations=(1, 1)) -> str:
         inputs = [x, self.constant(kernel)] + ([] if bias is None else [self.constant(bias)])
-        return self.add("Conv", inputs, group=groups, strides=list(strides), auto_pad=_auto_pad(padding))
+        window = {"strides": list(strides), "dilations": list(dilations)} | _padding(padding)
+        return self.add("Conv", inputs, group=groups, **window)
 
 
 def save(model: onnx.ModelProto, folder: Path, index: int) -> None:
@@ -60,7 +61,10 @@ def layer_model(layer: Layer, weights: dict[str, np.ndarray]) -> onnx.ModelProto
     """x `[N,C,H,W]` -> y `[N,F,H,W]`."""
     graph, y, bias = _Graph(), "x", weights.get("bias")
     if "depthwise" in weights:
-        y = graph.depthwise(y, weights["depthwise"], bias if layer.op == "depthwise" else None)
+        # ONNX Runtime has no automatic padding of dilated kernels.
+        padding = "same" if layer.dilation == 1 else layer.padding
+        window = (layer.strides,) * 2, padding, (layer.dilation,) * 2
+        y = graph.depthwise(y, weights["depthwise"], bias if layer.op == "depthwise" else None, *window)
     if "pointwise" in weights:
         y = graph.convolution(y, weights["pointwise"], bias)
     return graph.model((layer.batch, layer.channels, layer.size, layer.size), y)
@@ -82,8 +86,12 @@ def network_model(model) -> onnx.ModelProto:
     return graph.model(("N", channels, height, width), names[id(model.output)])
 
 
-def _auto_pad(padding: str) -> str:
-    return {"same": "SAME_UPPER", "valid": "VALID"}[padding]
+def _padding(padding: str | tuple[int, int]) -> dict:
+    """The attribute for padding in words, or for the zeros before and behind the image along each axis."""
+    if isinstance(padding, str):
+        return {"auto_pad": {"same": "SAME_UPPER", "valid": "VALID"}[padding]}
+    before, after = padding
+    return {"pads": [before, before, after, after]}
 
 
 def _activated(graph: _Graph, layer, x: str) -> str:
@@ -113,7 +121,7 @@ def _batch_normalization(graph, layer, x):
 
 def _max_pooling(graph, layer, x):
     shape, strides = list(layer.pool_size), list(layer.strides)
-    return graph.add("MaxPool", [x], kernel_shape=shape, strides=strides, auto_pad=_auto_pad(layer.padding))
+    return graph.add("MaxPool", [x], kernel_shape=shape, strides=strides, **_padding(layer.padding))
 
 
 def _dense(graph, layer, x):

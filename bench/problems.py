@@ -19,11 +19,11 @@ ROTATED_BYTES, MAX_WEIGHT_SETS = 64 << 20, 16
 
 @dataclass(frozen=True)
 class Layer:
-    """One convolution, SAME, stride 1: x `[N,size,size,C]` -> y `[N,size,size,F]`, all of `dtype`.
+    """One convolution, SAME: x `[N,size,size,C]` -> y `[N,output_size,output_size,F]`, all of `dtype`.
 
-    `mode` "forward" returns y; "backward" runs forward and backward and returns y and every gradient.
-    `uses` tells how often the layer occurs in its network. With `weight_sets` > 1, call i takes weight set
-    i mod weight_sets.
+    `taps`, `strides` and `dilation`, the same along both axes, are the depthwise step's. `mode` "forward" returns y;
+    "backward" runs forward and backward and returns y and every gradient. `uses` tells how often the layer occurs in
+    its network. With `weight_sets` > 1, call i takes weight set i mod weight_sets.
     """
 
     suite: str
@@ -34,6 +34,8 @@ class Layer:
     mode: str = FORWARD
     op: str = "separable"
     taps: int = 3
+    strides: int = 1
+    dilation: int = 1
     bias: bool = False
     uses: int = 1
     weight_sets: int = 1
@@ -41,13 +43,28 @@ class Layer:
 
     @property
     def shape(self) -> str:
-        shape = f"{self.size}x{self.size}x{self.channels}"
-        return shape if self.op == "depthwise" else f"{shape}-{self.filters}"
+        """Such as 19x19x728-1024, or 74x74x256,5x5,stride2: what is not 3x3, stride 1 or dilation 1 stands behind."""
+        channels = f"{self.channels}" if self.op == "depthwise" else f"{self.channels}-{self.filters}"
+        parts = [f"{self.size}x{self.size}x{channels}"]
+        parts += [f"{self.taps}x{self.taps}"] * (self.taps != 3)
+        parts += [f"stride{self.strides}"] * (self.strides != 1)
+        return ",".join(parts + [f"dilation{self.dilation}"] * (self.dilation != 1))
 
     @property
     def name(self) -> str:
         parts = [self.suite, self.shape, f"batch{self.batch}", self.mode]
         return "/".join(parts + ["rotated"] * (self.weight_sets > 1) + [self.dtype] * (self.dtype != FLOAT32))
+
+    @property
+    def output_size(self) -> int:
+        return -(-self.size // self.strides)
+
+    @property
+    def padding(self) -> tuple[int, int]:
+        """The zeros before and behind the image along each axis: an odd one stands behind, as in TensorFlow."""
+        span = (self.taps - 1) * self.dilation + 1
+        total = max(0, (self.output_size - 1) * self.strides + span - self.size)
+        return total // 2, total - total // 2
 
     @property
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -69,7 +86,27 @@ class Layer:
     def flops(self) -> int:
         """Multiplications and additions; each gradient (of the input and of the weights) costs a forward pass."""
         multiply_adds = sum(_product(shape) for name, shape in self.weight_shapes.items() if name != "bias")
-        return (1 if self.mode == FORWARD else 3) * 2 * self.batch * self.size**2 * multiply_adds
+        return (1 if self.mode == FORWARD else 3) * 2 * self.batch * self.output_size**2 * multiply_adds
+
+    @property
+    def weight_bytes(self) -> int:
+        """Those of one set of weights."""
+        return self._itemsize * sum(map(_product, self.weight_shapes.values()))
+
+    @property
+    def bytes_moved(self) -> int:
+        """The bytes that a call must read and write at least: its tensors once, and nothing that lies between steps.
+
+        Forward these are x, the weights and y. With "backward" x and the weights are read once more, dy is read once,
+        as by a pass that computes all gradients together, and d_x and the weights' gradients are written.
+        """
+        x = self._itemsize * self.batch * self.size**2 * self.channels
+        y = self._itemsize * self.batch * self.output_size**2 * self.filters
+        return x + self.weight_bytes + y if self.mode == FORWARD else 3 * (x + self.weight_bytes) + 2 * y
+
+    @property
+    def _itemsize(self) -> int:
+        return 4 if self.dtype == FLOAT32 else 2
 
 
 @dataclass(frozen=True)
@@ -137,12 +174,26 @@ def _distinct(suite: str, size: int, exit_filters: tuple[int, int], bias: bool) 
 
 XCEPTION = _distinct("xception", 147, (1536, 2048), bias=False)  # keras.applications.Xception at 299x299
 TUTORIAL = _distinct("tutorial", 24, (728, 1024), bias=True)  # the tutorial's network at 48x48x1
+
+
+def _depthwise(shapes: Iterable[tuple[int, int]], taps: int = 3, strides: int = 1, dilation: int = 1) -> list[Layer]:
+    """Layers of such sizes and channels."""
+    return [
+        Layer("depthwise", size, channels, channels, op="depthwise", taps=taps, strides=strides, dilation=dilation)
+        for size, channels in shapes
+    ]
+
+
 SHAPES = {
     "xception": XCEPTION,
     "tutorial": TUTORIAL,
     "depthwise": [
-        Layer("depthwise", size, channels, channels, op="depthwise")
-        for size, channels in ((147, 128), (74, 256), (37, 728), (19, 728), (10, 1536))
+        *_depthwise(((147, 128), (74, 256), (37, 728), (19, 728), (10, 1536))),
+        *_depthwise(((74, 256), (19, 728)), taps=5),
+        *_depthwise(((74, 256), (19, 728)), taps=7),
+        *_depthwise(((147, 128), (37, 728)), strides=2),
+        *_depthwise(((74, 256),), taps=5, strides=2),
+        *_depthwise(((37, 728), (19, 728)), dilation=2),
     ],
     "pointwise": [Layer("pointwise", 19, 728, 728, op="pointwise")],
 }
@@ -155,9 +206,7 @@ NETWORKS = {
 
 def rotated(layer: Layer) -> Layer:
     """The same layer with its weights taken in turn from several sets."""
-    itemsize = 4 if layer.dtype == FLOAT32 else 2
-    weight_bytes = itemsize * sum(_product(shape) for shape in layer.weight_shapes.values())
-    return replace(layer, weight_sets=max(2, min(MAX_WEIGHT_SETS, -(-ROTATED_BYTES // weight_bytes))))
+    return replace(layer, weight_sets=max(2, min(MAX_WEIGHT_SETS, -(-ROTATED_BYTES // layer.weight_bytes))))
 
 
 def layers(
@@ -169,8 +218,8 @@ def layers(
         for batch in batches or BATCHES[suite]:
             hot = [replace(layer, batch=batch, mode=mode, dtype=dtype) for layer in SHAPES[suite]]
             problems += hot
-            if batch == 1:
-                problems += [rotated(layer) for layer in hot]
+            if batch == 1:  # depthwise weights are small beside the image, wherever they come from
+                problems += [rotated(layer) for layer in hot if layer.op != "depthwise"]
     return problems
 
 

@@ -15,18 +15,20 @@ from . import results
 from .problems import BFLOAT16, FLOAT32
 from .providers import PROVIDERS, Entry
 from .race import DISTURBED
-from .results import dtype_of, groups, share_of_peak, title
+from .results import dtype_of, groups, limit, share, title
 from .stats import geometric_mean
 
 LOSSES_IN_README = 12
 FROZEN = "fastsepconv-frozen"
 _PEAKS = {FLOAT32: "fused multiply-add", BFLOAT16: "bfloat16 multiply-add"}
+_LIMITS = {"peak": "", "copy": " of copy"}  # in tables, where a share is one of the peak unless it says otherwise
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
 
 def problem_lines(record: dict, run: dict) -> Iterator[str]:
     """One problem, for the terminal; the last column is the time over the baseline's time."""
     yield _problem_title(record)
+    of = limit([record], run)
     for label, entry in record["providers"].items():
         name = f"  {label:<19}"
         if entry["status"] == "absent":  # said once, before the first problem
@@ -36,9 +38,9 @@ def problem_lines(record: dict, run: dict) -> Iterator[str]:
             continue
         times = entry["seconds"]
         spread = f"({_ms(times['q25'])} - {_ms(times['q75'])})"
-        share = f"{100 * share_of_peak(entry, run):3.0f} % of peak"
+        reached = f"{100 * share(record, entry, run, of):3.0f} % of {of}"
         first = f"first call {entry['first_call_seconds']:.2f} s"
-        yield f"{name} {_ms(times['median']):>7} ms {spread:<17} {share}  {first}{_verdict(label, entry)}"
+        yield f"{name} {_ms(times['median']):>7} ms {spread:<17} {reached}  {first}{_verdict(label, entry)}"
     if record["others_share"] > DISTURBED:
         yield f"  disturbed: other processes used {100 * record['others_share']:.0f} % of the machine meanwhile"
 
@@ -116,12 +118,19 @@ def _machine_line(run: dict) -> str:
         f"{machine['cpu']}, {machine['cores']} cores ({', '.join(machine.get('features', []))}; {caches})",
         f"{run['threads']} threads for every provider",
         f"measured {_PEAKS[dtype_of(run)]} peak " + ", ".join(f"{rate:.0f} GFLOP/s ({n})" for n, rate in peak.items()),
+        _copying(run),
         f"{machine['system']}, Python {machine['python']}, " + ", ".join(f"{n} {v}" for n, v in versions.items()),
         _commits(run),
         f"governor {machine['governor']}" if "governor" in machine else "",
         run["date"][:10],
     ]
     return "Measured on " + "; ".join(fact for fact in facts if fact) + "."
+
+
+def _copying(run: dict) -> str:
+    """Where it was measured."""
+    rates = ", ".join(f"{rate:.0f} GB/s ({n})" for n, rate in run.get("copy_gbytes", {}).items())
+    return f"copies at {rates}" if rates else ""
 
 
 def _commits(run: dict) -> str:
@@ -151,9 +160,10 @@ def _summary_table(run: dict) -> str:
     labels = list(dict.fromkeys(label for _, records in kept for label in rivals(records)))
     rows = []
     for name, records in kept:
-        shares = [share_of_peak(entry, run) for entry in _baseline_entries(records, run)]
-        share = f"{100 * min(shares):.0f} - {100 * max(shares):.0f} %" if shares else "-"
-        rows.append([name, share, *(_mean_cell(_ratios(records, label)) for label in labels)])
+        of = limit(records, run)
+        shares = [share(record, entry, run, of) for record, entry in _baseline_entries(records, run)]
+        reached = f"{100 * min(shares):.0f} - {100 * max(shares):.0f} %{_LIMITS[of]}" if shares else "-"
+        rows.append([name, reached, *(_mean_cell(_ratios(records, label)) for label in labels)])
     return table(["layers", "of peak", *(f"x {title(label)}" for label in labels)], rows)
 
 
@@ -202,9 +212,10 @@ def _losses(run: dict, most: int | None = None) -> str:
     return f"Losses, {len(found)} of {raced} races{which}:\n\n" + "\n".join(lines)
 
 
-def _baseline_entries(records: list[dict], run: dict) -> list[dict]:
-    entries = [record["providers"].get(run["baseline"], {"status": "absent"}) for record in records]
-    return [entry for entry in entries if entry["status"] == "timed"]
+def _baseline_entries(records: list[dict], run: dict) -> list[tuple[dict, dict]]:
+    """The problems in which the baseline was timed, each with its entry."""
+    entries = [(record, record["providers"].get(run["baseline"], {"status": "absent"})) for record in records]
+    return [pair for pair in entries if pair[1]["status"] == "timed"]
 
 
 def _ratios(records: list[dict], label: str) -> list[float]:
@@ -220,13 +231,14 @@ def _mean_cell(ratios: list[float]) -> str:
 
 
 def _cell(record: dict, label: str, run: dict) -> str:
-    """Such as "1.56 ms, 1.42x"; a loss is bold; the baseline shows its share of the peak."""
+    """Such as "1.56 ms, 1.42x"; a loss is bold; the baseline shows its share of the peak, or of copying."""
     entry = record["providers"].get(label, {"status": "absent"})
     if entry["status"] != "timed":
         return "not timed" if entry["status"] in ("wrong", "failed") else "-"
     time = f"{_ms(entry['seconds']['median'])} ms"
     if "times_baseline" not in entry:
-        return f"{time}, {100 * share_of_peak(entry, run):.0f} %"
+        of = limit([record], run)
+        return f"{time}, {100 * share(record, entry, run, of):.0f} %{_LIMITS[of]}"
     ratio = f"{entry['times_baseline']['ratio']:.2f}x"
     lost = _is_rival(label, entry) and entry["times_baseline"]["ratio"] < 1
     return f"{time}, **{ratio}**" if lost else f"{time}, {ratio}"

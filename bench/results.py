@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 from datetime import UTC, datetime
+from functools import reduce
 from itertools import groupby
 from pathlib import Path
 from statistics import median
 
 from . import gate, machine, revision, stats
 from .instrument import Check
-from .problems import FLOAT32, Problem, to_dict
+from .problems import FLOAT32, Layer, Problem, to_dict
 from .providers import PROVIDERS
 from .race import Arena, Budget, Result
 
@@ -21,13 +22,14 @@ OURS = "fastsepconv"
 FORMAT = 1
 
 
-def begin(arena: Arena, peak: dict[str, float], dtype: str = FLOAT32) -> dict:
-    """A run without problems yet, which are of one dtype; the peak is that dtype's."""
+def begin(arena: Arena, peak: dict[str, float], copying: dict[str, float], dtype: str = FLOAT32) -> dict:
+    """A run without problems yet, which are of one dtype; the peak is that dtype's, `copying` is `machine.copying`."""
     return {
         **_circumstances(arena.threads, arena.budget),
         "seed": arena.seed,
         "dtype": dtype,
         "peak_gflops": peak,
+        "copy_gbytes": copying,
         "versions": arena.versions,
         "absent": arena.absent,
         "baseline": _baseline(arena),
@@ -61,9 +63,11 @@ def _baseline(arena: Arena) -> str | None:
 def record(problem: Problem, arena: Arena, results: list[Result], baseline: str | None) -> dict:
     """One problem: per provider the times and, where the baseline was timed too, how many times longer it took."""
     ours = next((result for result in results if result.provider == baseline and result.status == "timed"), None)
+    moved = {"bytes_moved": problem.bytes_moved} if isinstance(problem, Layer) else {}
     return to_dict(problem) | {
         "name": problem.name,
         "flops": arena.flops,
+        **moved,
         "others_share": round(arena.disturbance, 3),
         "error_bound": gate.bound(problem),
         "providers": {result.provider: _provider(result, arena.flops, ours) for result in results},
@@ -116,6 +120,10 @@ def merge(documents: list[dict]) -> dict:
         merged["versions"] = merged["versions"] | run["versions"]
         merged["peak_gflops"] = machine.higher(merged["peak_gflops"], run["peak_gflops"])
         merged["problems"] = merged["problems"] + run["problems"]
+    # Runs of before copying was measured have none.
+    copying = [run["copy_gbytes"] for run in runs if "copy_gbytes" in run]
+    if copying:
+        merged["copy_gbytes"] = reduce(machine.higher, copying)
     # Runs of before commits were recorded have none.
     merged["commits"] = list(dict.fromkeys(revision.short(run.get("code")) for run in runs))
     merged["checks"] = [check for document in documents for check in document.get("checks", ())]
@@ -134,9 +142,21 @@ def dtype_of(run: dict) -> str:
     return run.get("dtype", FLOAT32)
 
 
-def share_of_peak(entry: dict, run: dict) -> float:
-    """A timed provider's arithmetic rate over the machine's, both with the run's number of threads."""
-    return entry["gflops"] / run["peak_gflops"][str(run["threads"])]
+def limit(records: list[dict], run: dict) -> str:
+    """What such problems are held against: "copy" for depthwise ones where the run tells it, "peak" for others."""
+    told = "copy_gbytes" in run and all(record["op"] == "depthwise" and "bytes_moved" in record for record in records)
+    return "copy" if told else "peak"
+
+
+def share(record: dict, entry: dict, run: dict, of: str) -> float:
+    """A timed provider's rate over that limit of the machine, both with the run's number of threads.
+
+    What caches hold is moved faster than it is copied from memory: a small image may have more than all of "copy".
+    """
+    threads = str(run["threads"])
+    if of == "peak":
+        return entry["gflops"] / run["peak_gflops"][threads]
+    return record["bytes_moved"] / entry["seconds"]["median"] / 1e9 / run["copy_gbytes"][threads]
 
 
 def groups(run: dict) -> list[tuple[str, list[dict]]]:

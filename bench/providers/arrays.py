@@ -34,15 +34,16 @@ class Provider:
 def _step(layer: Layer, weights, x, dy=None):
     kernels = [weights[name] for name in ("depthwise", "pointwise") if name in weights]
     bias = weights.get("bias")
-    padding = {} if layer.op == "pointwise" else {"padding": "same"}
+    window = {"strides": layer.strides, "padding": "same", "dilation_rate": layer.dilation}
+    options = {} if layer.op == "pointwise" else window
     forward = getattr(fastsepconv, f"{layer.op}_conv2d")
     gradients = getattr(fastsepconv, f"{layer.op}_conv2d_grad")
     if layer.mode == FORWARD:
-        return lambda: (forward(x, *kernels, bias, **padding),)
+        return lambda: (forward(x, *kernels, bias, **options),)
 
     def backward():
-        y = forward(x, *kernels, bias, **padding)
-        grads = gradients(x, *kernels, dy, **padding)
+        y = forward(x, *kernels, bias, **options)
+        grads = gradients(x, *kernels, dy, **options)
         return y, *(grads if layer.bias else grads[:-1])
 
     return backward

@@ -41,7 +41,8 @@ def _layer(layer: Layer, weights, x, dy=None):
     kernels, bias = [weights[name] for name in weights if name != "bias"], weights.get("bias")
     if layer.op != "depthwise":
         kernels[-1] = kernels[-1][0, 0]
-    geometry = () if layer.op == "pointwise" else (resolve(x.shape, kernels[0].shape, (1, 1), "same", (1, 1)),)
+    strides, dilation = (layer.strides,) * 2, (layer.dilation,) * 2
+    geometry = () if layer.op == "pointwise" else (resolve(x.shape, kernels[0].shape, strides, "same", dilation),)
     y = getattr(reference, f"{layer.op}_forward")(*geometry, x, *kernels, bias)
     if layer.mode == FORWARD:
         return (y,)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import tensorflow as tf
@@ -39,11 +40,12 @@ class Provider:
         dtype = self.dtype or layer.dtype
         arrays = {name: tf.cast(array, dtype) for name, array in data.load_input(folder).items()}
         build = _forward_step if layer.mode == FORWARD else _backward_step
+        op = partial(self.ops[layer.op], layer)
         sets = [
             {name: tf.Variable(tf.cast(array, dtype)) for name, array in weights.items()}
             for weights in data.load_weights(layer, folder)
         ]
-        steps = [build(self.ops[layer.op], weights, arrays) for weights in sets]
+        steps = [build(op, weights, arrays) for weights in sets]
         return steps, lambda outputs: {name: value.numpy() for name, value in zip(layer.outputs, outputs, strict=True)}
 
 
@@ -69,31 +71,44 @@ def _backward_step(op, weights, arrays):
 
 
 def _stock_ops() -> dict:
+    """By name, as functions of a layer, x and weights."""
+
+    def window(layer):
+        return {
+            "strides": [1, layer.strides, layer.strides, 1],
+            "padding": "SAME",
+            "dilations": [layer.dilation, layer.dilation],
+        }
+
     def biased(y, bias):
         return y if bias is None else tf.nn.bias_add(y, bias)
 
-    def separable(x, depthwise, pointwise, bias=None):
-        return biased(tf.nn.separable_conv2d(x, depthwise, pointwise, [1, 1, 1, 1], "SAME"), bias)
+    def separable(layer, x, depthwise, pointwise, bias=None):
+        return biased(tf.nn.separable_conv2d(x, depthwise, pointwise, **window(layer)), bias)
 
-    def depthwise(x, depthwise, bias=None):
-        return biased(tf.nn.depthwise_conv2d(x, depthwise, [1, 1, 1, 1], "SAME"), bias)
+    def depthwise(layer, x, depthwise, bias=None):
+        return biased(tf.nn.depthwise_conv2d(x, depthwise, **window(layer)), bias)
 
-    def pointwise(x, pointwise, bias=None):
+    def pointwise(layer, x, pointwise, bias=None):
         return biased(tf.nn.conv2d(x, pointwise, 1, "SAME"), bias)
 
     return {"separable": separable, "depthwise": depthwise, "pointwise": pointwise}
 
 
 def _our_ops() -> dict:
+    """Likewise."""
     from fastsepconv.bridge import tensorflow as bridge
 
-    def separable(x, depthwise, pointwise, bias=None):
-        return bridge.separable_conv2d(x, depthwise, pointwise, bias, padding="same")
+    def window(layer):
+        return {"strides": layer.strides, "padding": "same", "dilation_rate": layer.dilation}
 
-    def depthwise(x, depthwise, bias=None):
-        return bridge.depthwise_conv2d(x, depthwise, bias, padding="same")
+    def separable(layer, x, depthwise, pointwise, bias=None):
+        return bridge.separable_conv2d(x, depthwise, pointwise, bias, **window(layer))
 
-    def pointwise(x, pointwise, bias=None):
+    def depthwise(layer, x, depthwise, bias=None):
+        return bridge.depthwise_conv2d(x, depthwise, bias, **window(layer))
+
+    def pointwise(layer, x, pointwise, bias=None):
         return bridge.pointwise_conv2d(x, pointwise, bias)
 
     return {"separable": separable, "depthwise": depthwise, "pointwise": pointwise}

@@ -28,7 +28,8 @@ class Provider:
             for weights in data.load_weights(problem, folder)
         ]
         build = _forward_step if problem.mode == FORWARD else _backward_step
-        steps = [build(weights, arrays) for weights in sets]
+        window = _window(problem)
+        steps = [build(window, weights, arrays) for weights in sets]
         return steps, lambda outputs: {
             name: _as_numpy(name, value) for name, value in zip(problem.outputs, outputs, strict=True)
         }
@@ -54,27 +55,40 @@ def _as_numpy(name: str, tensor: torch.Tensor) -> np.ndarray:
     return np.ascontiguousarray(tensor.detach().permute(order).float().numpy())
 
 
-def _apply(x, depthwise=None, pointwise=None, bias=None):
+def _window(layer: Layer) -> tuple[tuple[int, ...], dict]:
+    """The margins to put around an image, and the depthwise convolution's options, whose padding is alike on all sides.
+
+    Margins are there only where SAME has more zeros behind the image than before it.
+    """
+    before, after = layer.padding
+    options = {"stride": layer.strides, "dilation": layer.dilation, "groups": layer.channels}
+    if before == after:
+        return (), options | {"padding": before}
+    return (before, after) * 2, options
+
+
+def _apply(window, x, depthwise=None, pointwise=None, bias=None):
     if depthwise is not None:
-        padding = depthwise.shape[2] // 2
-        groups = depthwise.shape[0]
-        x = functional.conv2d(x, depthwise, bias if pointwise is None else None, padding=padding, groups=groups)
+        margins, options = window
+        if margins:
+            x = functional.pad(x, margins)
+        x = functional.conv2d(x, depthwise, bias if pointwise is None else None, **options)
     return x if pointwise is None else functional.conv2d(x, pointwise, bias)
 
 
-def _forward_step(weights, arrays):
+def _forward_step(window, weights, arrays):
     @torch.inference_mode()
     def forward():
-        return (_apply(arrays["x"], **weights),)
+        return (_apply(window, arrays["x"], **weights),)
 
     return forward
 
 
-def _backward_step(weights, arrays):
+def _backward_step(window, weights, arrays):
     x, dy = arrays["x"].requires_grad_(), arrays["dy"]
 
     def backward():
-        y = _apply(x, **weights)
+        y = _apply(window, x, **weights)
         return y, *torch.autograd.grad(y, [x, *weights.values()], dy)
 
     return backward

@@ -28,9 +28,9 @@ class Races:
         """The problem's record, and each provider's times."""
         if self.arena is None:
             threads = machine.available_cores()
-            peak = machine.peak(threads)
+            peak, copying = machine.peak(threads), machine.copying(threads)
             self.arena = Arena(self.labels, threads, self.budget).__enter__()
-            self.run = results.begin(self.arena, peak)
+            self.run = results.begin(self.arena, peak, copying)
         if self.latest[0].get("name") != problem.name:
             raced = self.arena.race(problem, self.wanted[problem.name])
             record = results.record(problem, self.arena, raced, self.run["baseline"])

@@ -65,8 +65,8 @@ def extra_info(record, provider, run):
     info = {"problem": record["name"], "provider": provider, "first_call_seconds": entry["first_call_seconds"]}
     info["largest_error"] = entry["largest_error"]
     info["gflops"] = entry["gflops"]
-    info["share_of_peak"] = results.share_of_peak(entry, run)
-    info["peak_gflops"], info["threads"] = run["peak_gflops"], run["threads"]
+    info |= {f"share_of_{of}": results.share(record, entry, run, of) for of in ("peak", results.limit([record], run))}
+    info |= {fact: run[fact] for fact in ("peak_gflops", "copy_gbytes", "threads")}
     info["versions"] = run["versions"][provider]
     info["others_share"] = record["others_share"]
     if "times_baseline" in entry:

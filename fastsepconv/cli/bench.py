@@ -141,11 +141,12 @@ def _race(args: argparse.Namespace, problems: list[Problem]) -> int:
 
     threads = args.threads or machine.available_cores()
     say = _printer(args.json)
-    peak = machine.peak(threads, args.dtype)
+    peak, copying = machine.peak(threads, args.dtype), machine.copying(threads)
     providers = [name for name in args.providers if any(takes(name.split("#")[0], problem) for problem in problems)]
     with Arena(providers, threads, Budget(args.seconds, args.rounds), args.seed) as arena:
-        document = results.begin(arena, peak, args.dtype)
-        say(f"{document['machine']['cpu']}, {threads} threads, peak {peak[str(threads)]:.0f} GFLOP/s")
+        document = results.begin(arena, peak, copying, args.dtype)
+        rates = f"peak {peak[str(threads)]:.0f} GFLOP/s, copy {copying[str(threads)]:.0f} GB/s"
+        say(f"{document['machine']['cpu']}, {threads} threads, {rates}")
         minutes = len(problems) * (SECONDS_TO_PREPARE + 1.3 * len(arena.versions) * args.seconds) / 60
         say(f"{len(problems)} problems, about {max(1, round(minutes))} min")
         for label, reason in arena.absent.items():
@@ -156,6 +157,7 @@ def _race(args: argparse.Namespace, problems: list[Problem]) -> int:
             for line in report.problem_lines(document["problems"][-1], document):
                 say(line)
     document["peak_gflops"] = machine.higher(peak, machine.peak(threads, args.dtype))
+    document["copy_gbytes"] = machine.higher(copying, machine.copying(threads))
     for line in ["", *report.summary_lines(document)]:
         say(line)
     _deliver(args, document)

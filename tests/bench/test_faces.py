@@ -40,6 +40,12 @@ def test_layers_of_bfloat16_have_its_name(capsys):
     assert names == ["xception/19x19x728-728/batch8/forward/bfloat16"]
 
 
+def test_depthwise_layers_have_every_geometry(capsys):
+    names = listed(capsys, "--problems", "depthwise", "--batch", "1", "--only", "74x74x256")
+    shapes = ["74x74x256", "74x74x256,5x5", "74x74x256,7x7", "74x74x256,5x5,stride2"]
+    assert names == [f"depthwise/{shape}/batch1/forward" for shape in shapes]
+
+
 def test_networks_are_raced_instead_of_layers(capsys):
     assert listed(capsys, "--network", "tutorial", "--batch", "64") == [
         "tutorial-network/batch64/predict",
@@ -84,7 +90,8 @@ def test_a_race_is_printed_saved_and_given_as_json(capsys, tmp_path):
         assert second["times_baseline"]["ratio"] > 0 and "times_baseline" not in first
     assert "tutorial 2x2x728-1024 batch1 forward" in captured.err and "% of peak" in captured.err
     saved = results.load(tmp_path / "run.json")
-    assert len(saved["problems"]) == 2
+    assert len(saved["problems"]) == 2 and saved["problems"][0]["bytes_moved"] > 4 * 728 * 1024
+    assert saved["copy_gbytes"].keys() == saved["peak_gflops"].keys()
     assert saved["code"] == revision.describe()
 
 

@@ -129,6 +129,30 @@ def arena():
 def test_every_installed_provider_passes_the_gate(arena, op, mode):
     filters = 8 if op == "depthwise" else 12
     layer = Layer("xception", 5, 8, filters, batch=2, mode=mode, op=op, bias=op == "separable", weight_sets=2)
+    assert_all_pass(arena, layer)
+
+
+@pytest.mark.parametrize("mode", [FORWARD, BACKWARD])
+@pytest.mark.parametrize(
+    ("size", "window"),
+    [
+        (7, {"taps": 5}),
+        (7, {"strides": 2}),
+        (8, {"strides": 2}),  # one zero more behind the image than before it
+        (8, {"taps": 5, "strides": 2}),
+        (7, {"dilation": 2}),
+    ],
+)
+def test_every_installed_provider_has_every_geometry(arena, size, window, mode):
+    assert_all_pass(arena, Layer("depthwise", size, 8, 8, batch=2, mode=mode, op="depthwise", **window))
+
+
+def test_separable_layers_have_it_too(arena):
+    assert_all_pass(arena, Layer("xception", 8, 8, 12, mode=BACKWARD, taps=5, strides=2))
+
+
+def assert_all_pass(arena, layer):
+    """Every provider that has such layers is timed, unless it is not installed."""
     results = {result.provider: result for result in arena.race(layer)}
     assert list(results) == [name for name in RACERS if takes(name, layer)]
     for name in ("fastsepconv", "fastsepconv-arrays", "tensorflow"):

@@ -229,6 +229,47 @@ def test_runs_of_two_machines_are_kept_apart(run):
         results.merge([run, run | {"threads": 1}])
 
 
+def test_of_runs_that_are_merged_some_may_be_of_before_copying_was_measured(run):
+    told, again = (run | {"copy_gbytes": rates} for rates in ({"1": 30.0, "2": 40.0}, {"1": 31.0, "2": 39.0}))
+    assert "copy_gbytes" not in results.merge([run, run])
+    assert results.merge([run, told])["copy_gbytes"] == results.merge([told, run])["copy_gbytes"] == told["copy_gbytes"]
+    assert results.merge([told, run, again])["copy_gbytes"] == {"1": 31.0, "2": 40.0}
+
+
+def depthwise(shape, bytes_moved):
+    record = layer(74, 1.6) | {"suite": "depthwise", "op": "depthwise", "bytes_moved": bytes_moved}
+    return record | {"channels": 256, "filters": 256, "uses": 1, "name": f"depthwise/{shape}/batch1/forward"}
+
+
+@pytest.fixture
+def depthwise_run(run):
+    """Ours takes 1 ms, and the machine copies 40 MB in it."""
+    problems = [depthwise("74x74x256", 10_000_000), depthwise("74x74x256,5x5,stride2", 48_000_000)]
+    return run | {"problems": [layer(19, 1.6), *problems], "copy_gbytes": {"1": 30.0, "2": 40.0}}
+
+
+def test_depthwise_layers_are_held_against_copying(depthwise_run):
+    text = report.markdown(depthwise_run)
+    assert "| depthwise layers, batch 1, forward | 25 - 120 % of copy | 1.60 |" in text
+    assert "| xception layers, batch 1, forward | 80 - 80 % | 1.60 |" in text
+    assert "; copies at 30 GB/s (1), 40 GB/s (2); " in text
+    assert "| 74x74x256,5x5,stride2 | 1.00 ms, 120 % of copy | 1.60 ms, 1.60x |" in report.details(depthwise_run)
+    lines = list(report.problem_lines(depthwise_run["problems"][1], depthwise_run))
+    assert any(line.startswith("  fastsepconv ") and " 25 % of copy  first call" in line for line in lines)
+    assert any(line.startswith("  tensorflow ") and " 16 % of copy  first call" in line for line in lines)
+
+
+def test_depthwise_layers_of_before_copying_was_measured_are_held_against_the_peak(depthwise_run):
+    del depthwise_run["copy_gbytes"]
+    for text in (report.markdown(depthwise_run), report.details(depthwise_run)):
+        assert "80 %" in text and "cop" not in text
+
+
+def test_no_two_problems_of_a_picture_have_the_same_label(depthwise_run):
+    labels = [figure._tick(record) for record in depthwise_run["problems"]]
+    assert labels == ["19x19\n728 to 728", "74x74\n256", "74x74\n256\n5x5\nstride2"]
+
+
 def test_many_losses_are_counted_in_the_readme_and_told_in_the_details(run):
     run["problems"] = [layer(size, 0.5) for size in range(10, 30)]
     text = report.markdown(run)
