@@ -15,8 +15,9 @@ from __future__ import annotations
 
 from .depthwise_gradients import gradients
 from .depthwise_line import channel_block, inside, line_span
+from .gemm import past_caches
 from .jit import entry, kernel
-from .memory import share, size_of
+from .memory import fence, share, size_of
 from .multiplier import repeat_channels, repeated_length, single, sum_repeated
 from .pointwise import column_sums
 from .pool import parallel_kernel
@@ -26,7 +27,7 @@ BAND_BYTES = 192 * 1024  # lines worked on together stay in L2
 
 
 @kernel
-def _forward_span(dtype, g, c, count, n, p, q_first, q_last, x, x_low, kernel, bias, y, y_pixel, low, high):
+def _forward_span(dtype, g, c, count, n, p, q_first, q_last, x, x_low, kernel, bias, y, y_pixel, streamed, low, high):
     """Channels c .. c + count of output pixels q_first..q_last of line p of image n, from address y on."""
     itemsize = size_of(dtype)
     line = g.width * g.channels
@@ -38,7 +39,7 @@ def _forward_span(dtype, g, c, count, n, p, q_first, q_last, x, x_low, kernel, b
         dtype, count, q_first, q_last, x + (x_line + c) * itemsize, g.dilation_height * line, x_low, r_last - r_first,
         -g.pad_left, g.stride_width, g.dilation_width, g.kernel_width, g.width, g.channels,
         kernel + (r_first * kernel_row + c) * itemsize, kernel_row, g.channels,
-        bias + c * itemsize if bias != 0 else 0, y + c * itemsize, y_pixel, low, high,
+        bias + c * itemsize if bias != 0 else 0, y + c * itemsize, y_pixel, streamed, low, high,
     )  # fmt: skip
 
 
@@ -56,10 +57,11 @@ def input_range(g, first, last):
 
 
 @kernel
-def forward_pixels(dtype, g, c_first, c_last, first, last, x, x_low, kernel, bias, y, y_pixel, low, high):
+def forward_pixels(dtype, g, c_first, c_last, first, last, x, x_low, kernel, bias, y, y_pixel, streamed, low, high):
     """Channels c_first..c_last of output pixels first..last, counted over all images, written `y_pixel` apart.
 
-    y is the address of channel 0 of the first pixel. Assumes: g.multiplier is 1.
+    y is the address of channel 0 of the first pixel. `streamed` is what `gemm.past_caches` says of y. Assumes:
+    g.multiplier is 1.
     """
     itemsize = size_of(dtype)
     step = channel_block(dtype, g.width * g.kernel_height)
@@ -71,7 +73,9 @@ def forward_pixels(dtype, g, c_first, c_last, first, last, x, x_low, kernel, bia
         while pixel < last:  # the part of an output line that lies in first..last
             q_last = min(g.out_width, q + last - pixel)
             target = y + (pixel - first) * y_pixel * itemsize
-            _forward_span(dtype, g, c, count, n, p, q, q_last, x, x_low, kernel, bias, target, y_pixel, low, high)
+            _forward_span(
+                dtype, g, c, count, n, p, q, q_last, x, x_low, kernel, bias, target, y_pixel, streamed, low, high
+            )
             pixel, q, p = pixel + q_last - q, 0, p + 1
             if p == g.out_height:
                 n, p = n + 1, 0
@@ -92,10 +96,12 @@ def forward_single(dtype, worker, workers, g, x, x_low, kernel, bias, y, low, hi
     itemsize = size_of(dtype)
     first, last = share(g.batch * g.out_height, worker, workers)
     step = _band(g.out_width, g.channels, itemsize)
+    streamed = past_caches(dtype, g.batch * g.out_height * g.out_width, g.channels, y)
     for line in range(first, last, step):
         m0, m1 = line * g.out_width, min(line + step, last) * g.out_width
         target = y + m0 * g.channels * itemsize
-        forward_pixels(dtype, g, 0, g.channels, m0, m1, x, x_low, kernel, bias, target, g.channels, low, high)
+        forward_pixels(dtype, g, 0, g.channels, m0, m1, x, x_low, kernel, bias, target, g.channels, streamed, low, high)
+    fence()
 
 
 @kernel

@@ -11,8 +11,9 @@ import math
 
 from .depthwise_line import channel_block, inside, line_span, slides
 from .depthwise_tiles import SLIDING_TAPS, correlate_rows, correlate_tile
+from .gemm import past_caches
 from .jit import kernel
-from .memory import ceil_div, share, size_of, view
+from .memory import ceil_div, fence, share, size_of, view
 from .pointwise import add_groups
 from .pool import compiled_once, parallel_kernel
 from .scratch import give, try_take
@@ -46,7 +47,7 @@ def _taps_reaching(position, stride, dilation, taps):
 
 
 @kernel
-def _input_line(dtype, g, c, count, n, h, kernel, dy, d_x):
+def _input_line(dtype, g, c, count, n, h, kernel, dy, d_x, streamed):
     """Channels c .. c + count of line h of image n of d_x: one pass a column phase of the stride, no tap wasted."""
     itemsize = size_of(dtype)
     low, high = -infinity(dtype), infinity(dtype)
@@ -68,17 +69,20 @@ def _input_line(dtype, g, c, count, n, h, kernel, dy, d_x):
             kernel + ((r * g.kernel_width + s) * g.channels + c) * itemsize, -r_step * g.kernel_width * g.channels,
             s_step * g.channels, 0,
             d_x + (((n * g.height + h) * g.width + phase) * g.channels + c) * itemsize, g.stride_width * g.channels,
-            low, high,
+            streamed, low, high,
         )  # fmt: skip
 
 
 @kernel
-def input_lines(dtype, g, c_first, c_last, first, last, kernel, dy, d_x):
-    """Channels c_first..c_last of lines first..last of d_x, counted over all images. Assumes: g.multiplier is 1."""
+def input_lines(dtype, g, c_first, c_last, first, last, kernel, dy, d_x, streamed):
+    """Channels c_first..c_last of lines first..last of d_x, counted over all images.
+
+    `streamed` is what `gemm.past_caches` says of d_x. Assumes: g.multiplier is 1.
+    """
     step = channel_block(dtype, g.out_width * g.kernel_height)
     for c in range(c_first, c_last, step):
         for i in range(first, last):
-            _input_line(dtype, g, c, min(step, c_last - c), i // g.height, i % g.height, kernel, dy, d_x)
+            _input_line(dtype, g, c, min(step, c_last - c), i // g.height, i % g.height, kernel, dy, d_x, streamed)
 
 
 @compiled_once
@@ -245,6 +249,7 @@ def _group_gradients(dtype, g, c_first, c_last, group, groups, x, kernel, dy, d_
     begin, end = share(g.batch * g.height, group, groups)
     at_once = lines_at_once(dtype, g, c_last - c_first, BAND_BYTES)
     line, done = first, begin
+    streamed = past_caches(dtype, g.batch * g.height * g.width, g.channels, d_x)
     while line < last:
         images, count = next_lines(g, line, last, at_once)
         if sums != 0:
@@ -252,10 +257,11 @@ def _group_gradients(dtype, g, c_first, c_last, group, groups, x, kernel, dy, d_
         line += count
         until = begin + (end - begin) * (line - first) // (last - first)
         if d_x != 0:
-            input_lines(dtype, g, c_first, c_last, done, until, kernel, dy, d_x)
+            input_lines(dtype, g, c_first, c_last, done, until, kernel, dy, d_x, streamed)
         done = until
     if d_x != 0:
-        input_lines(dtype, g, c_first, c_last, done, end, kernel, dy, d_x)
+        input_lines(dtype, g, c_first, c_last, done, end, kernel, dy, d_x, streamed)
+        fence()
 
 
 @parallel_kernel

@@ -51,7 +51,7 @@ def slides(taps, tap_step, pixel_step):
 @compiled_once
 def _tiles(
     dtype, count, first, last, inner_first, inner_last, x, x_row, x_low, rows, origin, pixel_step, tap_step, taps, size,
-    channels, kernel, kernel_row, kernel_tap, bias, y, y_pixel, low, high,
+    channels, kernel, kernel_row, kernel_tap, bias, y, y_pixel, past_caches, low, high,
 ):  # fmt: skip
     """Pixels first..last for `line_span`, several at once where they lie in inner_first..inner_last."""
     itemsize = size_of(dtype)
@@ -67,7 +67,7 @@ def _tiles(
         depthwise_tile(
             dtype, pixels, count, rows, tap_count, x + (column + tap * tap_step) * channels * itemsize, x_row,
             tap_step * channels, pixel_step * channels, x_low, kernel + tap * kernel_tap * itemsize, kernel_row,
-            kernel_tap, bias, y + i * y_pixel * itemsize, y_pixel, low, high,
+            kernel_tap, bias, y + i * y_pixel * itemsize, y_pixel, past_caches, low, high,
         )  # fmt: skip
         i += pixels
 
@@ -84,7 +84,7 @@ def sliding_pixels(left):
 @compiled_once
 def _slide(
     dtype, count, pixels, cut_left, cut_right, x, x_row, x_low, rows, x_pixel, kernel, kernel_row, kernel_tap,
-    bias, y, y_pixel, low, high,
+    bias, y, y_pixel, past_caches, low, high,
 ):  # fmt: skip
     """`pixels` pixels side by side, of which the first may lack its first tap, and the last its last."""
     itemsize = size_of(dtype)
@@ -94,7 +94,7 @@ def _slide(
         sliding_tile(
             dtype, at_once, cut_left if i == 0 else 0, cut_right if i + at_once == pixels else 0,
             count, rows, x + i * x_pixel * itemsize, x_row, x_pixel, x_low, kernel, kernel_row, kernel_tap, bias,
-            y + i * y_pixel * itemsize, y_pixel, low, high,
+            y + i * y_pixel * itemsize, y_pixel, past_caches, low, high,
         )  # fmt: skip
         i += at_once
 
@@ -102,7 +102,7 @@ def _slide(
 @kernel
 def line_span(
     dtype, count, first, last, x, x_row, x_low, rows, origin, pixel_step, tap_step, taps, size, channels,
-    kernel, kernel_row, kernel_tap, bias, y, y_pixel, low, high,
+    kernel, kernel_row, kernel_tap, bias, y, y_pixel, past_caches, low, high,
 ):  # fmt: skip
     """Pixels first..last of a line, pixel i and tap j reading column `origin + i*pixel_step + j*tap_step` of x.
 
@@ -128,10 +128,10 @@ def line_span(
         _slide(
             dtype, count, slide_last - slide_first, 1 if column < 0 else 0, 1 if last_column >= size else 0,
             x + column * channels * itemsize, x_row, x_low, rows, pixel_step * channels, kernel, kernel_row, kernel_tap,
-            bias, y + slide_first * y_pixel * itemsize, y_pixel, low, high,
+            bias, y + slide_first * y_pixel * itemsize, y_pixel, past_caches, low, high,
         )  # fmt: skip
     for part_first, part_last in ((first, slide_first), (slide_last, last)):
         _tiles(
             dtype, count, part_first, part_last, inner_first, inner_last, x, x_row, x_low, rows, origin, pixel_step,
-            tap_step, taps, size, channels, kernel, kernel_row, kernel_tap, bias, y, y_pixel, low, high,
+            tap_step, taps, size, channels, kernel, kernel_row, kernel_tap, bias, y, y_pixel, past_caches, low, high,
         )  # fmt: skip

@@ -40,12 +40,13 @@ def _over_channels(emit: Vectors, channels, span: int, body) -> None:
 @intrinsic
 def depthwise_tile(
     typing_context, dtype, pixels, channels, rows, taps, x, x_row, x_tap, x_pixel, x_low, kernel, kernel_row,
-    kernel_tap, bias, y, y_pixel, low, high,
+    kernel_tap, bias, y, y_pixel, past_caches, low, high,
 ):  # fmt: skip
     """y[i*y_pixel + c] = clamp(bias[c] + sum over r < rows, s < taps of
               max(x_low, x[r*x_row + s*x_tap + i*x_pixel + c]) * kernel[r*kernel_row + s*kernel_tap + c])
 
-    for i < pixels, c < channels. `pixels` is PIXELS or 1; bias is an address of `channels` values, or 0.
+    for i < pixels, c < channels. `pixels` is PIXELS or 1; bias is an address of `channels` values, or 0. Whole vectors
+    are written past the caches if `past_caches` is not 0: then y's pixels lie at multiples of one.
 
     Strides are free (negative too), which is how one loop serves any stride and dilation, forward and backward.
     """
@@ -65,13 +66,13 @@ def depthwise_tile(
         return context.get_dummy_value()
 
     bound = arithmetic_type(dtype)
-    signature = types.void(dtype, *[types.intp] * 8, bound, *[types.intp] * 6, bound, bound)
+    signature = types.void(dtype, *[types.intp] * 8, bound, *[types.intp] * 7, bound, bound)
     return signature, codegen
 
 
 def _depthwise_block(
     emit, pixels, first, span, mask, rows, taps, x, x_row, x_tap, x_pixel, x_low, kernel, kernel_row, kernel_tap,
-    bias, y, y_pixel, low, high,
+    bias, y, y_pixel, past_caches, low, high,
 ):  # fmt: skip
     """`pixels` pixels x `span` channel vectors from channel `first` on, accumulated in registers over all taps."""
     builder = emit.builder
@@ -90,13 +91,13 @@ def _depthwise_block(
                 for j, register in enumerate(accumulator):
                     value = emit.at_least(x_lows, emit.load(emit.at(source, index(j * emit.lanes)), mask))
                     builder.store(emit.multiply_add(value, weights[j], builder.load(register)), register)
-    _store_pixels(emit, accumulators, first, masks, y, y_pixel, low, high)
+    _store_pixels(emit, accumulators, first, masks, y, y_pixel, past_caches, low, high)
 
 
 @intrinsic
 def sliding_tile(
     typing_context, dtype, pixels, cut_left, cut_right, channels, rows, x, x_row, x_pixel, x_low,
-    kernel, kernel_row, kernel_tap, bias, y, y_pixel, low, high,
+    kernel, kernel_row, kernel_tap, bias, y, y_pixel, past_caches, low, high,
 ):  # fmt: skip
     """`depthwise_tile` for SLIDING_TAPS taps with x_tap == x_pixel.
 
@@ -124,13 +125,13 @@ def sliding_tile(
         return context.get_dummy_value()
 
     bound = arithmetic_type(dtype)
-    signature = types.void(dtype, *[types.intp] * 8, bound, *[types.intp] * 6, bound, bound)
+    signature = types.void(dtype, *[types.intp] * 8, bound, *[types.intp] * 7, bound, bound)
     return signature, codegen
 
 
 def _sliding(
     emit, pixels, cuts, first, masks, rows, x, x_row, x_pixel, x_low, kernel, kernel_row, kernel_tap, bias, y, y_pixel,
-    low, high,
+    past_caches, low, high,
 ):  # fmt: skip
     """`pixels` pixels x `masks` channel vectors from channel `first` on.
 
@@ -145,13 +146,15 @@ def _sliding(
         emit.at(x_first, builder.mul(builder.sub(rows, index(1)), x_row)),
         emit.at(emit.pointer(y), first),
     )
+    streams = builder.icmp_signed("!=", past_caches, index(0))  # then nothing of y is asked for: x's line is there
+    y_asked, y_step = builder.select(streams, x_first, y_first), builder.select(streams, index(0), y_pixel)
     asked = -(-pixels // SLIDING_TAPS)  # pixels a row: all of them, where rows are as many as taps
     with cgutils.for_range(builder, rows) as loop:
         for i in range(asked):
             pixel = builder.add(builder.mul(loop.index, index(asked)), index(i))
             column, behind = (builder.add(pixel, index(step)) for step in (columns, pixels))
             emit.prefetch_span(emit.at(last_line, builder.mul(x_pixel, column)), len(masks))
-            emit.prefetch_span(emit.at(y_first, builder.mul(y_pixel, behind)), len(masks), write=True)
+            emit.prefetch_span(emit.at(y_asked, builder.mul(y_step, behind)), len(masks), write=True)
         x_line = emit.at(x_first, builder.mul(loop.index, x_row))
         kernel_line = emit.at(kernel_first, builder.mul(loop.index, kernel_row))
         weights = [
@@ -174,7 +177,7 @@ def _sliding(
             else:
                 with builder.if_then(builder.not_(cuts[0 if column == 0 else 1])):
                     add_column(column)
-    _store_pixels(emit, accumulators, first, masks, y, y_pixel, low, high)
+    _store_pixels(emit, accumulators, first, masks, y, y_pixel, past_caches, low, high)
 
 
 def _accumulators(emit: Vectors, name: str, pixels: int, first, masks: list, bias) -> list:
@@ -193,7 +196,7 @@ def _accumulators(emit: Vectors, name: str, pixels: int, first, masks: list, bia
     return accumulators
 
 
-def _store_pixels(emit: Vectors, accumulators, first, masks: list, y, y_pixel, low, high) -> None:
+def _store_pixels(emit: Vectors, accumulators, first, masks: list, y, y_pixel, past_caches, low, high) -> None:
     """Clamps the accumulators and writes them, a pixel each `y_pixel` elements."""
     builder = emit.builder
     with builder.if_then(emit.bounded(low, high)):
@@ -201,10 +204,21 @@ def _store_pixels(emit: Vectors, accumulators, first, masks: list, y, y_pixel, l
         for register in (register for accumulator in accumulators for register in accumulator):
             builder.store(emit.clamp(builder.load(register), lows, highs), register)
     y_first = emit.at(emit.pointer(y), first)
-    for i, accumulator in enumerate(accumulators):
-        target = emit.at(y_first, builder.mul(y_pixel, index(i)))
-        for j, (register, mask) in enumerate(zip(accumulator, masks, strict=True)):
-            emit.store(builder.load(register), emit.at(target, index(j * emit.lanes)), mask)
+
+    def store(write):
+        for i, accumulator in enumerate(accumulators):
+            target = emit.at(y_first, builder.mul(y_pixel, index(i)))
+            for j, (register, mask) in enumerate(zip(accumulator, masks, strict=True)):
+                write(builder.load(register), emit.at(target, index(j * emit.lanes)), mask)
+
+    if masks[0] is not None or emit.factors > 1:
+        store(emit.store)
+        return
+    with builder.if_else(builder.icmp_signed("!=", past_caches, index(0)), likely=False) as (streamed, stored):
+        with streamed:
+            store(lambda value, target, mask: emit.stream(value, target))
+        with stored:
+            store(emit.store)
 
 
 @intrinsic

@@ -59,7 +59,7 @@ def _forward(
     for number in range(blocks):
         m0, m1 = blocking.block_range(dtype, first, last, blocks, number)
         dw.forward_pixels(
-            dtype, g, 0, depth, m0, m1, x, x_low, depthwise, 0, block, row, -infinity(dtype), infinity(dtype)
+            dtype, g, 0, depth, m0, m1, x, x_low, depthwise, 0, block, row, 0, -infinity(dtype), infinity(dtype)
         )
         gemm.clear_behind(dtype, m1 - m0, depth, block, row)
         _, x_read = dw.input_range(g, m0, m1)
@@ -142,7 +142,7 @@ def _pointwise_gradient(dtype, worker, workers, g, filters, x, depthwise, dy, d_
         m0, m1 = share(pixels, block, blocks)
         for k in range(k_first, k_last, row):
             k_end = min(k + row, k_last)
-            dw.forward_pixels(dtype, g, k, k_end, m0, m1, x, low, depthwise, 0, mid - k * itemsize, row, low, high)
+            dw.forward_pixels(dtype, g, k, k_end, m0, m1, x, low, depthwise, 0, mid - k * itemsize, row, 0, low, high)
             pw.pack_strips(dtype, m1 - m0, k - k_first, k_end - k, mid, row, room)
         _, x_read = dw.input_range(g, m0, m1)
         pw.add_strips(

@@ -14,10 +14,10 @@ from . import depthwise as dw
 from . import pointwise as pw
 from .blocking import tile_rows
 from .depthwise_gradients import GRADIENT_GROUPS, correlate_lines, input_lines, lines_at_once, next_lines
-from .gemm import workspace_length
+from .gemm import past_caches, workspace_length
 from .images import images_at_once, of_images
 from .jit import kernel
-from .memory import address, ceil_div, keep, share, size_of, view
+from .memory import address, ceil_div, fence, keep, share, size_of, view
 from .packing import pack, packed_length
 from .pool import parallel_kernel
 from .scratch import give, take_in_share, try_take
@@ -88,7 +88,7 @@ def _multiply_band(
     for m in range(first, last, step):
         m1, dy_block = min(last, m + step), dy + m * filters * itemsize
         if d_pointwise != 0:
-            dw.forward_pixels(dtype, g, 0, depth, m, m1, x, low, depthwise, 0, mid, depth, low, high)
+            dw.forward_pixels(dtype, g, 0, depth, m, m1, x, low, depthwise, 0, mid, depth, 0, low, high)
             _, x_read = dw.input_range(g, m, m1)
             pw.add_gradient(
                 dtype, m1 - m, depth, filters, mid, depth, dy_block, filters, d_pointwise, fresh and m == first,
@@ -111,8 +111,8 @@ def _room_length(dtype, depth, filters):
 
 @parallel_kernel
 def _add_lines(
-    dtype, worker, workers, g, filters, x, depthwise, dy, panels, zeros, d_mid, d_x, d_depthwise, d_pointwise, fresh,
-    lacking,
+    dtype, worker, workers, g, filters, x, depthwise, dy, panels, zeros, d_mid, d_x, streamed, d_depthwise, d_pointwise,
+    fresh, lacking,
 ):  # fmt: skip
     """A worker's groups of output lines: their d_mid, their d_x but for the seams, and what they add to their sums.
 
@@ -146,13 +146,14 @@ def _add_lines(
                 correlate_lines(dtype, g, 0, g.channels, line, images, count, x, d_mid, depthwise_sums)
             line, begins = line + count, False
             if d_x != 0:
-                input_lines(dtype, g, 0, g.channels, done, complete_lines(g, line), depthwise, d_mid, d_x)
+                input_lines(dtype, g, 0, g.channels, done, complete_lines(g, line), depthwise, d_mid, d_x, streamed)
             done = max(done, complete_lines(g, line))
+    fence()
     give(room)
 
 
 @parallel_kernel
-def _fill_seams(dtype, worker, workers, g, depthwise, d_mid, d_x):
+def _fill_seams(dtype, worker, workers, g, depthwise, d_mid, d_x, streamed):
     """A worker's seams: the lines of d_x that `_add_lines` leaves out.
 
     Parallel over: groups of output lines.
@@ -161,7 +162,8 @@ def _fill_seams(dtype, worker, workers, g, depthwise, d_mid, d_x):
     for group in range(first_group, last_group):
         line, last = share(g.batch * g.out_height, group, GRADIENT_GROUPS)
         own = min(first_own_line(g, line), complete_lines(g, last))
-        input_lines(dtype, g, 0, g.channels, complete_lines(g, line), own, depthwise, d_mid, d_x)
+        input_lines(dtype, g, 0, g.channels, complete_lines(g, line), own, depthwise, d_mid, d_x, streamed)
+    fence()
 
 
 @kernel
@@ -186,17 +188,18 @@ def backward(dtype, g, filters, x, depthwise, pointwise, dy, d_x, d_depthwise, d
     if wants_mid:
         pack(dtype, threads, filters, depth, pointwise, 1, filters, panels)
     workers = GRADIENT_GROUPS if threads > 1 else 1
+    streamed = past_caches(dtype, g.batch * g.height * g.width, depth, d_x)
     for n in range(0, g.batch, images):
         part = of_images(g, min(images, g.batch - n))
         x_at = n * g.height * g.width * depth * itemsize
         d_x_part = d_x + x_at if d_x != 0 else 0
         _add_lines(
             dtype, workers, part, filters, x + x_at, depthwise, dy + n * pixels * filters * itemsize, panels,
-            address(zeros), d_mid if wants_mid else 0, d_x_part, depthwise_sums if d_depthwise != 0 else 0,
+            address(zeros), d_mid if wants_mid else 0, d_x_part, streamed, depthwise_sums if d_depthwise != 0 else 0,
             pointwise_sums if d_pointwise != 0 else 0, 1 if n == 0 else 0, address(lacking),
         )  # fmt: skip
         if d_x != 0:
-            _fill_seams(dtype, workers, part, depthwise, d_mid, d_x_part)
+            _fill_seams(dtype, workers, part, depthwise, d_mid, d_x_part, streamed)
     if d_depthwise != 0:
         pw.add_groups(dtype, GRADIENT_GROUPS, taps, depthwise_sums, d_depthwise, False)
     if d_pointwise != 0:

@@ -297,6 +297,8 @@ _PLAIN = Case(
 SIZES = [
     *[dataclasses.replace(_PLAIN, image=(1, width), channels=9, run="arrays") for width in range(15, 29)],
     dataclasses.replace(_PLAIN, filters=256, channels=24, image=(160, 161)),
+    dataclasses.replace(_PLAIN, filters=24, channels=256, image=(160, 161), run="graph"),
+    dataclasses.replace(_PLAIN, filters=None, operation="depthwise", channels=256, image=(160, 161), run="graph"),
     dataclasses.replace(_PLAIN, filters=48, channels=256, batch=5, image=(52, 52), use_bias=False),
     dataclasses.replace(_PLAIN, filters=33, channels=40, batch=2, image=(190, 171), strides=(2, 2), run="arrays"),
     dataclasses.replace(_PLAIN, filters=21, channels=67, batch=9, image=(39, 44), dilation_rate=(2, 2), run="graph"),

@@ -55,6 +55,8 @@ def paths(case: Case) -> set[str]:
     if case.operation == "depthwise_pointwise":
         found |= _forward_paths(forward_dtype, _pixels(g), g.channels, case.filters, case.filters, 1, workers)
         return found | _separable_paths(dtype, g, case.filters, workers)
+    found |= {"depthwise: past the caches"} if _past_caches(forward_dtype, g.output_shape) else set()
+    found |= {"depthwise gradients: past the caches"} if _past_caches(dtype, g.input_shape) else set()
     return found | _gradient_parts(dtype, g)
 
 
@@ -69,11 +71,16 @@ def _pixels(g: Geometry) -> int:
     return g.batch * g.out_height * g.out_width
 
 
+def _past_caches(dtype, shape) -> bool:
+    return bool(gemm.past_caches(dtype, shape[0] * shape[1] * shape[2], shape[3], 0))
+
+
 def _separable_paths(dtype, g: Geometry, filters: int, workers: int) -> set[str]:
     """Of the way back through the fused operation."""
     if separable_bands.wanted(dtype, g, filters):
         at_once = images.images_at_once(dtype, g, separable_bands.D_MID_BYTES)
-        found = {"backward in bands", f"backward in bands: {'parts' if at_once < g.batch else 'whole batch'}"}
+        found = {"backward in bands: past the caches"} if _past_caches(dtype, g.input_shape) else set()
+        found |= {"backward in bands", f"backward in bands: {'parts' if at_once < g.batch else 'whole batch'}"}
         groups, band_bytes = depthwise_gradients.GRADIENT_GROUPS, separable_bands.BAND_BYTES
         return found | _lines_at_once(dtype, g._replace(batch=at_once), g.channels, groups, band_bytes)
     at_once = images.images_at_once(dtype, g, separable.D_MID_BYTES)
@@ -279,6 +286,9 @@ def every_path() -> set[str]:
             "depthwise gradient: taps together",
             "depthwise gradient: a tap at a time",
             "depthwise gradient: rows together",
+            "depthwise: past the caches",
+            "depthwise gradients: past the caches",
+            "backward in bands: past the caches",
             "depthwise gradients: one group of lines",
             "depthwise gradients: one group of lines, several parts of the batch",
             "depthwise gradients: several groups of lines",

@@ -136,6 +136,16 @@ def test_writes_a_large_output_at_any_address(filters, offset, rng):
     assert_close("y", y, reference.pointwise_forward(x, kernel, bias))
 
 
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("channels", [80, 256, 255])  # with a part of a tile's vectors, without, not at cache lines
+@pytest.mark.parametrize("operation", ["depthwise", "separable"])
+def test_writes_a_large_image_at_any_address(operation, channels, offset, rng):
+    """y of the depthwise convolution, and d_x of both."""
+    height = gemm.STREAMED_BYTES // (4 * 160 * channels) + 1
+    g = resolve((1, height, 160, channels), (3, 3, channels, 1), (1, 1), "same", (1, 1))
+    hold(operation, g, 5, "float32", rng, offset=offset)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_gives_the_same_bits_on_one_thread_and_on_two(operation, dtype, rng):
