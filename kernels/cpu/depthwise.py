@@ -14,7 +14,7 @@ convolution costs nothing. The gradients of x and kernel are those of `depthwise
 from __future__ import annotations
 
 from .depthwise_gradients import gradients
-from .depthwise_line import channel_block, inside, line_span
+from .depthwise_line import ALL_CHANNELS, channel_block, inside, line_span
 from .gemm import past_caches
 from .jit import entry, kernel
 from .memory import fence, share, size_of
@@ -57,6 +57,14 @@ def input_range(g, first, last):
 
 
 @kernel
+def forward_block(dtype, g):
+    """Channels taken at once. All, where most of an output line's input is new: memory is read fastest in its order."""
+    if 2 * g.stride_height > g.kernel_height:
+        return ALL_CHANNELS
+    return channel_block(dtype, g.width * g.kernel_height)
+
+
+@kernel
 def forward_pixels(dtype, g, c_first, c_last, first, last, x, x_low, kernel, bias, y, y_pixel, streamed, low, high):
     """Channels c_first..c_last of output pixels first..last, counted over all images, written `y_pixel` apart.
 
@@ -64,7 +72,7 @@ def forward_pixels(dtype, g, c_first, c_last, first, last, x, x_low, kernel, bia
     g.multiplier is 1.
     """
     itemsize = size_of(dtype)
-    step = channel_block(dtype, g.width * g.kernel_height)
+    step = forward_block(dtype, g)
     line = first // g.out_width
     first_n, first_p, first_q = line // g.out_height, line % g.out_height, first % g.out_width
     for c in range(c_first, c_last, step):

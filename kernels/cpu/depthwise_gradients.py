@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 
-from .depthwise_line import channel_block, inside, line_span, slides
-from .depthwise_tiles import SLIDING_TAPS, correlate_rows, correlate_tile
+from .correlation_tiles import CORRELATED_TAPS, correlate_rows, correlate_tile
+from .depthwise_line import channel_block, inside, line_span
 from .gemm import past_caches
 from .jit import kernel
 from .memory import ceil_div, fence, share, size_of, view
@@ -91,8 +91,8 @@ def _correlate_columns(
 ):
     """Adds columns q_first..q_last of output lines p_first..p_last to tap (r, s) of d_kernel.
 
-    With `kernel_rows` to the taps from s = 0 on of so many rows from r on, of which the first column may lack its
-    first, the last its last.
+    With `kernel_rows` to CORRELATED_TAPS taps from s on of so many rows from r on, of which the first column may lack
+    its first, the last its last.
     """
     if p_first >= p_last or q_first >= q_last:
         return
@@ -134,31 +134,40 @@ def _tap_lines(g, r, p_first, p_last):
 
 
 @kernel
-def _whole_lines(g, p_first, p_last):
-    """Those at which all rows of a kernel of SLIDING_TAPS rows meet it, taken at once; (p_last, p_last) for none."""
-    if g.kernel_height != SLIDING_TAPS:
+def taps_together(taps, dilation, stride):
+    """Of so many taps in a row, how many, from the first on, go CORRELATED_TAPS at a time."""
+    return taps - taps % CORRELATED_TAPS if dilation == stride else 0
+
+
+@kernel
+def whole_lines(g, r, p_first, p_last):
+    """Those at which CORRELATED_TAPS rows of the kernel from r on all meet the image; (p_last, p_last) for none."""
+    if r + CORRELATED_TAPS > g.kernel_height:
         return p_last, p_last
-    top_first, top_last = _tap_lines(g, 0, p_first, p_last)
-    end_first, end_last = _tap_lines(g, SLIDING_TAPS - 1, p_first, p_last)
+    top_first, top_last = _tap_lines(g, r, p_first, p_last)
+    end_first, end_last = _tap_lines(g, r + CORRELATED_TAPS - 1, p_first, p_last)
     first, last = max(top_first, end_first), min(top_last, end_last)
     return (first, last) if first < last else (p_last, p_last)
 
 
 @kernel
-def _correlate_sliding(dtype, g, c, count, n_first, n_last, p_first, p_last, q_first, q_last, x, dy, d_kernel):
-    """Adds columns whose middle tap is inside the image: all taps at once over the lines that meet every row of the
-    kernel, where it has three; then a row at a time over the rest."""
-    whole_first, whole_last = _whole_lines(g, p_first, p_last)
-    if whole_first < whole_last:
-        _correlate_columns(
-            dtype, g, c, count, SLIDING_TAPS, 0, n_first, n_last, whole_first, whole_last, 0, q_first, q_last,
-            x, dy, d_kernel,
-        )  # fmt: skip
+def _correlate_sliding(dtype, g, c, count, s, n_first, n_last, p_first, p_last, q_first, q_last, x, dy, d_kernel):
+    """Adds CORRELATED_TAPS taps of each row from s on, over columns at which the middle one is inside the image.
+
+    As many rows of the kernel at once over the lines that meet all of those; then a row at a time over the rest.
+    """
     for r in range(g.kernel_height):
+        begin = r - r % CORRELATED_TAPS
+        whole_first, whole_last = whole_lines(g, begin, p_first, p_last)
+        if r == begin:
+            _correlate_columns(
+                dtype, g, c, count, CORRELATED_TAPS, s, n_first, n_last, whole_first, whole_last, r, q_first, q_last,
+                x, dy, d_kernel,
+            )  # fmt: skip
         p0, p1 = _tap_lines(g, r, p_first, p_last)
         for first, last in ((p0, min(p1, whole_first)), (max(p0, whole_last), p1)):
             _correlate_columns(
-                dtype, g, c, count, 1, 0, n_first, n_last, first, last, r, q_first, q_last, x, dy, d_kernel
+                dtype, g, c, count, 1, s, n_first, n_last, first, last, r, q_first, q_last, x, dy, d_kernel
             )
 
 
@@ -166,22 +175,24 @@ def _correlate_sliding(dtype, g, c, count, n_first, n_last, p_first, p_last, q_f
 def _correlate(dtype, g, c_first, c_last, n_first, n_last, p_first, p_last, x, dy, d_kernel):
     """Adds output lines p_first..p_last of images n_first..n_last to channels c_first..c_last of d_kernel.
 
-    Where a row's taps slide, all of them at once over the columns whose middle tap is inside; then a tap at a time
+    Where a row's taps slide, some of them at once over the columns whose middle tap is inside; then a tap at a time
     over the rest.
     """
-    slide_first, slide_last = 0, 0
-    if slides(g.kernel_width, g.dilation_width, g.stride_width):
-        slide_first, slide_last = _tap_columns(g, 1)
+    together = taps_together(g.kernel_width, g.dilation_width, g.stride_width)
     for c in range(c_first, c_last, CORRELATED_CHANNELS):
         count = min(CORRELATED_CHANNELS, c_last - c)
-        if slide_first < slide_last:
-            _correlate_sliding(
-                dtype, g, c, count, n_first, n_last, p_first, p_last, slide_first, slide_last, x, dy, d_kernel
-            )
-        for r in range(g.kernel_height):
-            p0, p1 = _tap_lines(g, r, p_first, p_last)
-            for s in range(g.kernel_width):
-                q0, q1 = _tap_columns(g, s)
+        slide_first, slide_last = 0, 0
+        for s in range(g.kernel_width):
+            if s >= together:
+                slide_first, slide_last = 0, 0
+            elif s % CORRELATED_TAPS == 0:
+                slide_first, slide_last = _tap_columns(g, s + CORRELATED_TAPS // 2)
+                _correlate_sliding(
+                    dtype, g, c, count, s, n_first, n_last, p_first, p_last, slide_first, slide_last, x, dy, d_kernel
+                )
+            q0, q1 = _tap_columns(g, s)
+            for r in range(g.kernel_height):
+                p0, p1 = _tap_lines(g, r, p_first, p_last)
                 for first, last in ((q0, min(q1, slide_first)), (max(q0, slide_last), q1)):
                     _correlate_columns(
                         dtype, g, c, count, 0, s, n_first, n_last, p0, p1, r, first, last, x, dy, d_kernel

@@ -1,13 +1,22 @@
 """One line of a depthwise convolution, forward and backward to the input, cut into register tiles.
 
-Three taps a row that are as far apart as the pixels slide: any pixel whose middle tap is inside the image goes into a
-tile of several, of which the first may lack its first tap and the last its last. With other taps, the pixels whose
-taps are all inside go several at a time, the few at the borders one at a time with fewer taps.
+Where taps are several pixels apart, so many lines are interleaved, and each is taken for itself. An odd number of taps
+as far apart as the pixels slides: any pixel whose middle tap is inside the image goes into a tile of several, in which
+taps that fall outside are left out. With other taps, the pixels whose taps are all inside go several at a time, the few
+at the borders one at a time with fewer taps.
 """
 
 from __future__ import annotations
 
-from .depthwise_tiles import PIXELS, SLIDES, SLIDING_TAPS, depthwise_tile, sliding_tile
+from .depthwise_tiles import (
+    PIXELS,
+    SLIDES,
+    SLIDING_TAPS,
+    WIDE_SLIDING_TAPS,
+    depthwise_tile,
+    sliding_tile,
+    wide_sliding_tile,
+)
 from .jit import kernel
 from .memory import ceil_div, size_of
 from .pool import compiled_once
@@ -44,8 +53,8 @@ def inside(origin, step, count, size):
 
 @kernel
 def slides(taps, tap_step, pixel_step):
-    """Whether a row's taps are those of `sliding_tile`, which loads each input once a row."""
-    return taps == SLIDING_TAPS and tap_step == pixel_step
+    """Whether a row's taps are those of a sliding tile, which loads each input once a row."""
+    return tap_step == pixel_step and (taps == SLIDING_TAPS or taps in WIDE_SLIDING_TAPS)
 
 
 @compiled_once
@@ -57,17 +66,17 @@ def _tiles(
     itemsize = size_of(dtype)
     i = first
     while i < last:
+        x_at, y_at = x + (origin + i * pixel_step) * channels * itemsize, y + i * y_pixel * itemsize
         pixels, tap, tap_count = 1, 0, taps
-        column = origin + i * pixel_step
         if inner_first <= i and i + PIXELS <= inner_last:
             pixels = PIXELS
         else:
-            tap, tap_end = inside(column, tap_step, taps, size)
+            tap, tap_end = inside(origin + i * pixel_step, tap_step, taps, size)
             tap_count = tap_end - tap
         depthwise_tile(
-            dtype, pixels, count, rows, tap_count, x + (column + tap * tap_step) * channels * itemsize, x_row,
+            dtype, pixels, count, rows, tap_count, x_at + tap * tap_step * channels * itemsize, x_row,
             tap_step * channels, pixel_step * channels, x_low, kernel + tap * kernel_tap * itemsize, kernel_row,
-            kernel_tap, bias, y + i * y_pixel * itemsize, y_pixel, past_caches, low, high,
+            kernel_tap, bias, y_at, y_pixel, past_caches, low, high,
         )  # fmt: skip
         i += pixels
 
@@ -83,18 +92,36 @@ def sliding_pixels(left):
 
 @compiled_once
 def _slide(
-    dtype, count, pixels, cut_left, cut_right, x, x_row, x_low, rows, x_pixel, kernel, kernel_row, kernel_tap,
+    dtype, count, pixels, column_first, column_last, x, x_row, x_low, rows, x_pixel, kernel, kernel_row, kernel_tap,
     bias, y, y_pixel, past_caches, low, high,
 ):  # fmt: skip
-    """`pixels` pixels side by side, of which the first may lack its first tap, and the last its last."""
+    """`pixels` pixels side by side of three taps, of whose columns only column_first..column_last are in the image."""
     itemsize = size_of(dtype)
     i = 0
     while i < pixels:
         at_once = sliding_pixels(pixels - i)
         sliding_tile(
-            dtype, at_once, cut_left if i == 0 else 0, cut_right if i + at_once == pixels else 0,
-            count, rows, x + i * x_pixel * itemsize, x_row, x_pixel, x_low, kernel, kernel_row, kernel_tap, bias,
-            y + i * y_pixel * itemsize, y_pixel, past_caches, low, high,
+            dtype, SLIDING_TAPS, at_once, column_first - i, column_last - i, count, rows, x + i * x_pixel * itemsize,
+            x_row, x_pixel, x_low, kernel, kernel_row, kernel_tap, bias, y + i * y_pixel * itemsize, y_pixel,
+            past_caches, low, high,
+        )  # fmt: skip
+        i += at_once
+
+
+@compiled_once
+def _slide_wide(
+    dtype, count, taps, pixels, column_first, column_last, x, x_row, x_low, rows, x_pixel, kernel, kernel_row,
+    kernel_tap, bias, y, y_pixel, past_caches, low, high,
+):  # fmt: skip
+    """The same for `taps` of WIDE_SLIDING_TAPS, by itself as its tile is."""
+    itemsize = size_of(dtype)
+    i = 0
+    while i < pixels:
+        at_once = sliding_pixels(pixels - i)
+        wide_sliding_tile(
+            dtype, taps, at_once, column_first - i, column_last - i, count, rows, x + i * x_pixel * itemsize,
+            x_row, x_pixel, x_low, kernel, kernel_row, kernel_tap, bias, y + i * y_pixel * itemsize, y_pixel,
+            past_caches, low, high,
         )  # fmt: skip
         i += at_once
 
@@ -113,24 +140,46 @@ def line_span(
     if tap_step < 0:  # the same taps, from the last to the first
         origin, tap_step = origin + (taps - 1) * tap_step, -tap_step
         kernel, kernel_tap = kernel + (taps - 1) * kernel_tap * itemsize, -kernel_tap
-    y -= first * y_pixel * itemsize
-    slide_first, slide_last, inner_first, inner_last = last, last, last, last
-    if slides(taps, tap_step, pixel_step):  # where the middle tap is inside, one at most is not
-        slide_first, slide_last = inside(origin + tap_step, pixel_step, last, size)
-        slide_first = min(max(first, slide_first), last)
+    # where taps are several pixels apart, so many lines are interleaved, in each of which they are one apart
+    lines = tap_step // pixel_step if tap_step % pixel_step == 0 else 1
+    for i in range(first, min(last, first + lines)):
+        _line(
+            dtype, count, ceil_div(last - i, lines), x, x_row, x_low, rows, origin + i * pixel_step, pixel_step * lines,
+            tap_step, taps, size, channels, kernel, kernel_row, kernel_tap, bias, y + (i - first) * y_pixel * itemsize,
+            y_pixel * lines, past_caches, low, high,
+        )  # fmt: skip
+
+
+@kernel
+def _line(
+    dtype, count, pixels, x, x_row, x_low, rows, origin, pixel_step, tap_step, taps, size, channels,
+    kernel, kernel_row, kernel_tap, bias, y, y_pixel, past_caches, low, high,
+):  # fmt: skip
+    """The first `pixels` pixels for `line_span`, from address y on."""
+    itemsize = size_of(dtype)
+    slide_first, slide_last, inner_first, inner_last = pixels, pixels, pixels, pixels
+    if slides(taps, tap_step, pixel_step):
+        slide_first, slide_last = inside(origin + taps // 2 * tap_step, pixel_step, pixels, size)
         slide_last = max(slide_first, slide_last)
     else:
-        head_first, head_last = inside(origin, pixel_step, last, size)
-        tail_first, tail_last = inside(origin + (taps - 1) * tap_step, pixel_step, last, size)
+        head_first, head_last = inside(origin, pixel_step, pixels, size)
+        tail_first, tail_last = inside(origin + (taps - 1) * tap_step, pixel_step, pixels, size)
         inner_first, inner_last = max(head_first, tail_first), min(head_last, tail_last)
     if slide_first < slide_last:
-        column, last_column = origin + slide_first * pixel_step, origin + (slide_last + 1) * pixel_step
-        _slide(
-            dtype, count, slide_last - slide_first, 1 if column < 0 else 0, 1 if last_column >= size else 0,
-            x + column * channels * itemsize, x_row, x_low, rows, pixel_step * channels, kernel, kernel_row, kernel_tap,
-            bias, y + slide_first * y_pixel * itemsize, y_pixel, past_caches, low, high,
-        )  # fmt: skip
-    for part_first, part_last in ((first, slide_first), (slide_last, last)):
+        column, sliding = origin + slide_first * pixel_step, slide_last - slide_first
+        column_first, column_last = inside(column, pixel_step, sliding + taps - 1, size)
+        x_at, y_at = x + column * channels * itemsize, y + slide_first * y_pixel * itemsize
+        if taps == SLIDING_TAPS:
+            _slide(
+                dtype, count, sliding, column_first, column_last, x_at, x_row, x_low, rows, pixel_step * channels,
+                kernel, kernel_row, kernel_tap, bias, y_at, y_pixel, past_caches, low, high,
+            )  # fmt: skip
+        else:
+            _slide_wide(
+                dtype, count, taps, sliding, column_first, column_last, x_at, x_row, x_low, rows, pixel_step * channels,
+                kernel, kernel_row, kernel_tap, bias, y_at, y_pixel, past_caches, low, high,
+            )  # fmt: skip
+    for part_first, part_last in ((0, slide_first), (slide_last, pixels)):
         _tiles(
             dtype, count, part_first, part_last, inner_first, inner_last, x, x_row, x_low, rows, origin, pixel_step,
             tap_step, taps, size, channels, kernel, kernel_row, kernel_tap, bias, y, y_pixel, past_caches, low, high,

@@ -28,7 +28,7 @@ from .blocking import (
     tile_rows,
     work,
 )
-from .depthwise_tiles import correlate_tile
+from .correlation_tiles import correlate_tile
 from .gemm import (
     clear_behind,
     column_of_lines,

@@ -23,6 +23,7 @@ class Tile(NamedTuple):
 
     name: str
     vector_bytes: int
+    registers: int  # vector registers
     fused: bool  # the CPU has a fused multiply-add
     rows: tuple[int, ...]  # pointwise: rows of the output tile; the first is the fastest, the others serve remainders
     vectors: int  # pointwise: vectors in a row of the output tile
@@ -31,7 +32,7 @@ class Tile(NamedTuple):
     broadcasts: bool  # a multiply-add takes a scalar in memory for a vector
     pixels: int  # depthwise: output pixels at once
     span: int  # depthwise: channel vectors at once
-    slides: tuple[int, ...]  # depthwise with 3 taps a row, one pixel apart: output pixels at once, falling to 1
+    slides: tuple[int, ...]  # depthwise with taps one pixel apart: output pixels at once, falling to 1
     slide_span: int  # and channel vectors
     reason: str
     matrices: bool = False  # float32 and bfloat16 are multiplied in AMX's registers of 16 rows, see `amx_tile`
@@ -39,28 +40,28 @@ class Tile(NamedTuple):
 
 TILES = (
     Tile(
-        "amx", 64, True, (14, 12, 10, 8, 4, 2), 2, 4, 1, True, 4, 4, (8, 4, 3, 2, 1), 2,
+        "amx", 64, 32, True, (14, 12, 10, 8, 4, 2), 2, 4, 1, True, 4, 4, (8, 4, 3, 2, 1), 2,
         "products of float32 and bfloat16 in AMX's registers, of which 2x2 hold sums and 2 each what is multiplied; "
         "all else as with avx512",
         matrices=True,
     ),
     Tile(
-        "avx512", 64, True, (14, 12, 10, 8, 4, 2), 2, 4, 1, True, 4, 4, (8, 4, 3, 2, 1), 2,
+        "avx512", 64, 32, True, (14, 12, 10, 8, 4, 2), 2, 4, 1, True, 4, 4, (8, 4, 3, 2, 1), 2,
         "14x2 accumulators, 2 kernel vectors and a broadcast fill 31 of 32 registers; 23 loads feed 28 multiply-adds; "
         "4 products a turn, since a core with two units of 512 bits has but 56 cycles for all that it starts in one; "
         "one line asked for a product, since blocks of few tiles need that many",
     ),
     Tile(
-        "avx2", 32, True, (6, 4, 2), 2, 4, 4, False, 4, 2, (8, 4, 3, 2, 1), 1,
+        "avx2", 32, 16, True, (6, 4, 2), 2, 4, 4, False, 4, 2, (8, 4, 3, 2, 1), 1,
         "6x2 accumulators, 2 kernel vectors and a broadcast fill 15 of 16 registers; 4 products a turn, since the 12 "
         "multiply-adds of one leave a core no time for all that a loop does besides, and but one line is asked for",
     ),
     Tile(
-        "neon", 16, True, (8, 4, 2), 3, 2, 1, False, 4, 4, (8, 4, 3, 2, 1), 2,
+        "neon", 16, 32, True, (8, 4, 2), 3, 2, 1, False, 4, 4, (8, 4, 3, 2, 1), 2,
         "8x3 accumulators, 3 kernel vectors and a broadcast fill 28 of 32 registers",
     ),
     Tile(
-        "portable", 16, False, (4, 2), 2, 4, 4, False, 2, 2, (8, 4, 3, 2, 1), 1,
+        "portable", 16, 16, False, (4, 2), 2, 4, 4, False, 2, 2, (8, 4, 3, 2, 1), 1,
         "4x2 accumulators leave some of 16 registers of 128 bits for products, where there is no fused multiply-add",
     ),
 )  # fmt: skip

@@ -293,7 +293,7 @@ _PLAIN = Case(
 
 # What takes certain sizes: every number of rows that a tile can leave over; outputs past the caches, sums in several
 # parts, several images to a part, more parts than one, bands of lines; lines that are all border, and borders wider
-# than a tap; a few rows, for which the kernel is read in several slabs.
+# than a tap; a few rows, for which the kernel is read in several slabs; taps in wide rows.
 SIZES = [
     *[dataclasses.replace(_PLAIN, image=(1, width), channels=9, run="arrays") for width in range(15, 29)],
     dataclasses.replace(_PLAIN, filters=256, channels=24, image=(160, 161)),
@@ -322,6 +322,14 @@ SIZES = [
     ),
     dataclasses.replace(_PLAIN, channels=70, image=(9, 12), padding=((3, 0), (4, 3))),
     dataclasses.replace(_PLAIN, channels=50, image=(9, 25), strides=(2, 2), dilation_rate=(2, 2), run="graph"),
+    *[
+        dataclasses.replace(_PLAIN, filters=20, channels=70, kernel_size=(rows, taps), image=(9, width), run="arrays")
+        for rows, taps in ((5, 5), (3, 7))
+        for width in (1, 2, 9, 11, 14)
+    ],
+    dataclasses.replace(_PLAIN, channels=70, kernel_size=(2, 7), image=(9, 17), dtype="bfloat16", run="arrays"),
+    dataclasses.replace(_PLAIN, filters=20, channels=70, kernel_size=(7, 7), image=(21, 25), dilation_rate=(3, 3)),
+    dataclasses.replace(_PLAIN, channels=50, kernel_size=(7, 5), image=(8, 12), padding=((3, 5), (6, 5)), run="arrays"),
 ]
 
 GRID = [

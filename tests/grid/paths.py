@@ -15,6 +15,7 @@ from fastsepconv.kernels.cpu import (
     amx,
     amx_gemm,
     blocking,
+    depthwise,
     depthwise_gradients,
     depthwise_line,
     gemm,
@@ -27,6 +28,8 @@ from fastsepconv.kernels.cpu import (
     threads,
     tiles,
 )
+from fastsepconv.kernels.cpu.correlation_tiles import CORRELATED_TAPS
+from fastsepconv.kernels.cpu.depthwise_tiles import SLIDING_TAPS, WIDE_SLIDING_TAPS, _fits
 from fastsepconv.kernels.cpu.memory import share
 from fastsepconv.kernels.cpu.simd import BFLOAT16
 from fastsepconv.kernels.geometry import Geometry
@@ -98,46 +101,60 @@ def _lanes(dtype) -> int:
 
 
 def _depthwise_paths(dtype, g: Geometry) -> set[str]:
-    slides = depthwise_line.slides(g.kernel_width, g.dilation_width, g.stride_width)
-    found = _sliding_paths(g) if slides else _tile_paths(g)
-    together = slides and depthwise_gradients._tap_columns(g, 1)[0] < depthwise_gradients._tap_columns(g, 1)[1]
-    found.add(f"depthwise gradient: {'taps together' if together else 'a tap at a time'}")
-    whole_first, whole_last = depthwise_gradients._whole_lines(g, 0, g.out_height)
-    if together and whole_first < whole_last:
-        found.add("depthwise gradient: rows together")
-    block, lanes = depthwise_line.channel_block(dtype, g.width * g.kernel_height), _lanes(dtype)
-    found |= {"depthwise: several channel blocks"} if g.channels > block else set()
-    span = (TILE.slide_span if slides else TILE.span) * lanes
+    found = set()
+    taps = depthwise_gradients.taps_together(g.kernel_width, g.dilation_width, g.stride_width)
+    columns = [depthwise_gradients._tap_columns(g, tap) for tap in range(1, taps, CORRELATED_TAPS)]
+    together = sum(first < last for first, last in columns)
+    found |= {"depthwise gradient: taps together"} if together else set()
+    found |= {"depthwise gradient: taps together twice"} if together > 1 else set()
+    found |= {"depthwise gradient: a tap at a time"} if taps < g.kernel_width else set()
+    rows = [depthwise_gradients.whole_lines(g, r, 0, g.out_height) for r in range(0, g.kernel_height, CORRELATED_TAPS)]
+    whole = sum(first < last for first, last in rows) if together else 0
+    found |= {"depthwise gradient: rows together"} if whole else set()
+    found |= {"depthwise gradient: rows together twice"} if whole > 1 else set()
+    found |= {"depthwise: several channel blocks"} if g.channels > depthwise.forward_block(dtype, g) else set()
+    step = max(g.stride_width, g.dilation_width) if g.dilation_width % g.stride_width == 0 else g.stride_width
+    interleaved = step // g.stride_width
+    found |= {"depthwise: lines interleaved"} if 1 < interleaved <= g.out_width else set()
+    slides, lanes = depthwise_line.slides(g.kernel_width, g.dilation_width, step), _lanes(dtype)
+    for line in range(min(interleaved, g.out_width)):
+        count, origin = -(-(g.out_width - line) // interleaved), line * g.stride_width - g.pad_left
+        taps = [
+            depthwise_line.inside(origin + tap * g.dilation_width, step, count, g.width)
+            for tap in range(g.kernel_width)
+        ]
+        found |= _sliding_paths(taps, count) if slides else _tile_paths(taps, count)
     if slides:
+        span = TILE.slide_span * lanes if _fits(g.kernel_width, TILE.slides[0], TILE.slide_span) else lanes
         found |= {"depthwise sliding: whole vectors"} if g.channels >= span else set()
         found |= {"depthwise sliding: vectors left over"} if g.channels % span else set()
     else:
+        span = TILE.span * lanes
         found |= {"depthwise: vectors together"} if g.channels >= span else set()
         found |= {"depthwise: one vector"} if g.channels % span >= lanes else set()
         found |= {"depthwise: part of a vector"} if g.channels % lanes else set()
     return found
 
 
-def _tile_paths(g: Geometry) -> set[str]:
-    """How the pixels of a line are taken where they do not slide."""
-    first, last = depthwise_gradients._tap_columns(g, 0)[0], depthwise_gradients._tap_columns(g, g.kernel_width - 1)[1]
-    inner = max(0, last - first)
+def _tile_paths(taps: list, count: int) -> set[str]:
+    """How the pixels of a line are taken where they do not slide, `taps` being where each tap is inside the image."""
+    inner = max(0, taps[-1][1] - taps[0][0])
     found = {"depthwise: pixels together"} if inner >= TILE.pixels else set()
     found |= {"depthwise: inner pixels left over"} if inner % TILE.pixels else set()
-    return found | ({"depthwise: border pixels"} if inner < g.out_width else set())
+    return found | ({"depthwise: border pixels"} if inner < count else set())
 
 
-def _sliding_paths(g: Geometry) -> set[str]:
+def _sliding_paths(taps: list, count: int) -> set[str]:
     """How they are taken where they do."""
-    (inner_first, _), (first, last), (_, inner_last) = (depthwise_gradients._tap_columns(g, tap) for tap in range(3))
+    (first, last), wide = taps[len(taps) // 2], len(taps) > SLIDING_TAPS
     found, left = set(), last - first
     while left > 0:
         pixels = depthwise_line.sliding_pixels(left)
-        found.add(f"depthwise sliding: {pixels} pixels")
+        found.add(f"depthwise sliding: {f'{len(taps)} taps, ' if wide else ''}{pixels} pixels")
         left -= pixels
-    found |= {"depthwise sliding: first tap cut"} if first < last and first < inner_first else set()
-    found |= {"depthwise sliding: last tap cut"} if first < last and inner_last < last else set()
-    return found | ({"depthwise sliding: middle tap outside"} if last - first < g.out_width else set())
+    found |= {"depthwise sliding: first tap cut"} if first < last and first < taps[0][0] else set()
+    found |= {"depthwise sliding: last tap cut"} if first < last and taps[-1][1] < last else set()
+    return found | ({"depthwise sliding: middle tap outside"} if last - first < count else set())
 
 
 def _gradient_parts(dtype, g: Geometry) -> set[str]:
@@ -260,6 +277,7 @@ def every_path() -> set[str]:
     return (
         products
         | {f"depthwise sliding: {pixels} pixels" for pixels in TILE.slides}
+        | {f"depthwise sliding: {taps} taps, {pixels} pixels" for taps in WIDE_SLIDING_TAPS for pixels in TILE.slides}
         | (split if threads.get_num_threads() > 1 else set())
         | {
             "serial",
@@ -271,6 +289,7 @@ def every_path() -> set[str]:
             "backward in bands",
             "backward in bands: parts",
             "backward in bands: whole batch",
+            "depthwise: lines interleaved",
             "depthwise: pixels together",
             "depthwise: inner pixels left over",
             "depthwise: border pixels",
@@ -284,8 +303,10 @@ def every_path() -> set[str]:
             "depthwise sliding: whole vectors",
             "depthwise sliding: vectors left over",
             "depthwise gradient: taps together",
+            "depthwise gradient: taps together twice",
             "depthwise gradient: a tap at a time",
             "depthwise gradient: rows together",
+            "depthwise gradient: rows together twice",
             "depthwise: past the caches",
             "depthwise gradients: past the caches",
             "backward in bands: past the caches",

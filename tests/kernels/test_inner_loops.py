@@ -21,6 +21,7 @@ FUNCTIONS = (
     "gemm._multiply_panel",
     "pointwise._gradient_panel",
     "depthwise_line._slide",
+    "depthwise_line._slide_wide",
     "depthwise_line._tiles",
     "depthwise_gradients._correlate_columns",
 )
