@@ -20,7 +20,7 @@ ARRAY_BYTES = 512 << 20  # of either array: the two are twice as large as the la
 
 @numba.njit
 def copy(source, target):
-    """target[i] = source[i], by ordinary stores, which is how kernels leave their results."""
+    """target[i] = source[i], by ordinary stores, which is how kernels leave all results but large ones."""
     for index in range(source.size):
         target[index] = source[index]
 

@@ -151,7 +151,8 @@ def limit(records: list[dict], run: dict) -> str:
 def share(record: dict, entry: dict, run: dict, of: str) -> float:
     """A timed provider's rate over that limit of the machine, both with the run's number of threads.
 
-    What caches hold is moved faster than it is copied from memory: a small image may have more than all of "copy".
+    A small image may have more than all of "copy", since caches move faster what they hold, and so may a large one:
+    its result is written past the caches, and lines that an ordinary store writes to are read first.
     """
     threads = str(run["threads"])
     if of == "peak":

@@ -104,9 +104,12 @@ def depth_parts(dtype, depth):
 
 @kernel
 def _tiles_that_fit(dtype, depth, size):
-    """Tiles of a of which a part of the depth fits into `size` bytes, and the whole into a thread's scratch memory."""
+    """Tiles of a of which a part of the depth fits into `size` bytes, and the whole into a thread's scratch memory,
+    with the one that the last block may have besides.
+    """
     tile, part = TILE_ROWS * size_of(dtype), ceil_div(depth, depth_parts(dtype, depth))
-    return max(1, min(size // (tile * padded_row(dtype, part)), MOST_BLOCK_BYTES // (tile * padded_row(dtype, depth))))
+    most = MOST_BLOCK_BYTES // (tile * padded_row(dtype, depth)) - 1
+    return max(1, min(size // (tile * padded_row(dtype, part)), most))
 
 
 @kernel

@@ -20,8 +20,12 @@ from .scratch import give, try_take
 from .simd import CACHE_LINE, infinity
 
 GRADIENT_GROUPS = 16  # of lines at most, each with a d_kernel of its own, and parts of the work at least
-GROUP_LINES = 4  # of output at least: a group costs a pass over all of d_kernel
+GROUP_LINES = 4  # of output at least, or one of GROUP_PIXELS: a group costs a pass over all of d_kernel
+GROUP_PIXELS = 256
 PART_CHANNELS = 128  # at least: fewer would be read from too many places at once
+FEW_CHANNELS = 64  # at least, while the shares are fewer than FEW_SHARES
+FEW_SHARES = 8
+GROUPS_A_THREAD = 2  # of lines of d_x alone
 BAND_BYTES = 384 << 10  # of lines worked on together, which stay in L2
 BAND_LINES = 4  # at least, where parts of the channels can make that possible: each is read for three of d_x
 CORRELATED_CHANNELS = 256  # what so many channels of a line are read for, tap by tap, finds them in L1
@@ -240,9 +244,10 @@ def gradient_parts(dtype, g):
     Channels, where there are too few lines to share out, or too few would stay in L2 at once.
     """
     lines, line_bytes = g.batch * g.out_height, _line_bytes(dtype, g, g.channels)
-    groups = max(1, min(GRADIENT_GROUPS, lines // GROUP_LINES))
-    parts = max(ceil_div(GRADIENT_GROUPS, groups), ceil_div(line_bytes * BAND_LINES, BAND_BYTES))
-    return groups, max(1, min(parts, g.channels // PART_CHANNELS))
+    groups = max(1, min(GRADIENT_GROUPS, lines, max(lines // GROUP_LINES, lines * g.out_width // GROUP_PIXELS)))
+    wanted = max(ceil_div(GRADIENT_GROUPS, groups), ceil_div(line_bytes * BAND_LINES, BAND_BYTES))
+    parts = min(wanted, g.channels // PART_CHANNELS)
+    return groups, max(1, parts, min(ceil_div(FEW_SHARES, groups), g.channels // FEW_CHANNELS))
 
 
 @kernel
@@ -300,6 +305,8 @@ def gradients(dtype, g, x, kernel, dy, d_x, d_kernel, accumulate, threads):
     memory. Assumes: g.multiplier is 1.
     """
     groups, parts = gradient_parts(dtype, g)
+    if d_kernel == 0:  # then nothing is summed up in groups, and their number may follow the threads'
+        groups, parts = max(1, min(g.batch * g.height, threads * GROUPS_A_THREAD)), 1
     workers = groups * parts if threads > 1 else 1
     if d_kernel == 0 or groups == 1:
         _gradients(dtype, workers, g, groups, parts, x, kernel, dy, d_x, d_kernel, accumulate)

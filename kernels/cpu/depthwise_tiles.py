@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 
+from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
@@ -159,8 +160,9 @@ def _sliding(
         emit.at(x_first, builder.mul(builder.sub(rows, index(1)), x_row)),
         emit.at(emit.pointer(y), first),
     )
-    streams = builder.icmp_signed("!=", past_caches, index(0))  # then nothing of y is asked for: x's line is there
-    y_asked, y_step = builder.select(streams, x_first, y_first), builder.select(streams, index(0), y_pixel)
+    streams = builder.and_(builder.icmp_signed("!=", past_caches, index(0)), _may_stream(emit))
+    stack = builder.bitcast(emit.register("asked_instead"), y_first.type)  # where y streams: this line is there
+    y_asked, y_step = builder.select(streams, stack, y_first), builder.select(streams, index(0), y_pixel)
     column_first, column_last = columns_inside
     inside = {
         column: builder.icmp_signed("<=", column_first, index(column))
@@ -223,6 +225,11 @@ def _accumulators(emit: Vectors, name: str, pixels: int, first, masks: list, bia
     return accumulators
 
 
+def _may_stream(emit: Vectors):
+    """Whether y's vectors may be written past the caches: not those of bfloat16, half as wide as a cache line."""
+    return ir.Constant(ir.IntType(1), int(emit.factors == 1))
+
+
 def _store_pixels(emit: Vectors, accumulators, first, masks: list, y, y_pixel, past_caches, low, high) -> None:
     """Clamps the accumulators and writes them, a pixel each `y_pixel` elements."""
     builder = emit.builder
@@ -238,10 +245,11 @@ def _store_pixels(emit: Vectors, accumulators, first, masks: list, y, y_pixel, p
             for j, (register, mask) in enumerate(zip(accumulator, masks, strict=True)):
                 write(builder.load(register), emit.at(target, index(j * emit.lanes)), mask)
 
-    if masks[0] is not None or emit.factors > 1:
+    if masks[0] is not None:
         store(emit.store)
         return
-    with builder.if_else(builder.icmp_signed("!=", past_caches, index(0)), likely=False) as (streamed, stored):
+    streams = builder.and_(builder.icmp_signed("!=", past_caches, index(0)), _may_stream(emit))
+    with builder.if_else(streams, likely=False) as (streamed, stored):
         with streamed:
             store(lambda value, target, mask: emit.stream(value, target))
         with stored:

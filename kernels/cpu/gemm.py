@@ -32,7 +32,8 @@ def workspace_length(dtype, depth, rows):
     """Elements of scratch memory that `multiply_block` wants for blocks of so many rows."""
     if terms(dtype) > 0:
         return amx_gemm.workspace_bytes(dtype, rows, depth) // size_of(dtype)
-    return 2 * panel_length(dtype, ceil_div(depth, depth_parts(dtype, depth)))
+    part = ceil_div(depth, depth_parts(dtype, depth))
+    return max(2 * panel_length(dtype, part), panel_length(dtype, min(depth, EARLY)))  # panels, or a slab of a kernel
 
 
 @kernel

@@ -156,7 +156,7 @@ def _pointwise_gradient(dtype, worker, workers, g, filters, x, depthwise, dy, d_
 @kernel
 def _add_pointwise_gradient(dtype, g, filters, x, depthwise, dy, d_pointwise, accumulate, threads):
     """d_pointwise, or += with `accumulate`; says whether there was memory."""
-    if g.batch == 0 and not accumulate:
+    if g.batch * g.out_height * g.out_width == 0 and not accumulate:
         view(dtype, d_pointwise, g.channels * filters)[:] = 0
     lacking = np.zeros(1, np.intp)
     _pointwise_gradient(dtype, threads, g, filters, x, depthwise, dy, d_pointwise, accumulate, address(lacking))

@@ -19,7 +19,7 @@ def test_every_row_is_copied(threads):
 
 
 def test_the_loop_is_no_call_and_has_ordinary_stores():
-    """The system's function for it may write past the caches, as few kernels do."""
+    """The system's function for it may write past the caches, as kernels do with large results only."""
     rows = np.ones((2, 100), np.float32)
     bandwidth.copy(*rows)
     (assembly,) = bandwidth.copy.inspect_asm().values()

@@ -314,6 +314,7 @@ SIZES = [
     dataclasses.replace(_PLAIN, filters=512, channels=512, batch=2, image=(20, 20), run="arrays"),
     *[dataclasses.replace(_PLAIN, channels=70, batch=9, image=(size, size), run="arrays") for size in (1, 2, 3)],
     dataclasses.replace(_PLAIN, filters=500, channels=160, batch=2, image=(5, 700), run="arrays"),
+    dataclasses.replace(_PLAIN, filters=1600, channels=1500, batch=3, image=(4, 100), run="arrays"),
     dataclasses.replace(_PLAIN, filters=40, channels=1100, image=(5, 4), run="arrays"),
     dataclasses.replace(_PLAIN, filters=70, channels=1100, image=(8, 9), run="graph"),
     dataclasses.replace(_PLAIN, filters=1100, channels=40, image=(21, 20), threads=1, run="arrays"),
