@@ -16,7 +16,7 @@ from .simd import CACHE_LINE, L1_PERIOD, factors
 TILE_ROWS, LEAST_ROWS = GEMM_ROWS[0], GEMM_ROWS[-1]
 BLOCK_BYTES = 384 << 10  # a block of a: an L2 of 1 MiB holds it, what the next is made of, and a panel of the kernel
 ONLY_BLOCK_BYTES = 720 * 1024  # the same where there is no next one: from L3 it costs less than all panels once more
-MOST_BLOCK_BYTES = 1408 * 1024  # of scratch memory
+MOST_BLOCK_BYTES = 1408 * 1024  # of scratch memory, beside panels; one tile at least, however deep
 DEPTH_BYTES = 4096  # of a row at once: blocks of deeper rows would have too few of them (see `multiply_block`)
 SHARES_A_THREAD = 2  # at most: each begins with rows that nobody has asked for
 AMX_BLOCK_BYTES, AMX_BLOCK_ROWS = 1 << 20, 256  # of a in terms of bfloat16: CPUs with AMX have an L2 of 2 MiB

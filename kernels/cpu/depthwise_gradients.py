@@ -1,8 +1,8 @@
 """The gradients of a depthwise convolution on the CPU: of its input and of its kernel, see `depthwise`.
 
 Both read dy, so both are computed together, some lines of a few channels at a time: what one reads of dy is still in
-the caches for the other. How channels and lines are cut follows from the shape alone, and so does the order in which
-d_kernel is summed.
+the caches for the other. With d_kernel, how channels and lines are cut follows from the shape alone, and so does the
+order in which it is summed.
 """
 
 from __future__ import annotations
@@ -284,7 +284,7 @@ def _group_gradients(dtype, g, c_first, c_last, group, groups, x, kernel, dy, d_
 def _gradients(dtype, worker, workers, g, groups, parts, x, kernel, dy, d_x, sums, accumulate):
     """A worker's groups of lines and parts of channels: their d_x, and their sums for d_kernel.
 
-    Parallel over: a fixed number of groups of lines, and parts of the channels.
+    Parallel over: groups of lines, whose number the shape fixes where `sums` is not 0, and parts of the channels.
     """
     itemsize = size_of(dtype)
     taps = g.kernel_height * g.kernel_width

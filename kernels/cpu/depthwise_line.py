@@ -1,9 +1,9 @@
 """One line of a depthwise convolution, forward and backward to the input, cut into register tiles.
 
-Where taps are several pixels apart, so many lines are interleaved, and each is taken for itself. An odd number of taps
-as far apart as the pixels slides: any pixel whose middle tap is inside the image goes into a tile of several, in which
-taps that fall outside are left out. With other taps, the pixels whose taps are all inside go several at a time, the few
-at the borders one at a time with fewer taps.
+Where taps are several pixels apart, so many lines are interleaved, and each is taken for itself. Three, five or seven
+taps as far apart as the pixels slide: any pixel whose middle tap is inside the image goes into a tile of several, in
+which taps that fall outside are left out. With other taps, the pixels whose taps are all inside go several at a time,
+the few at the borders one at a time with fewer taps.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def line_span(
         origin, tap_step = origin + (taps - 1) * tap_step, -tap_step
         kernel, kernel_tap = kernel + (taps - 1) * kernel_tap * itemsize, -kernel_tap
     # where taps are several pixels apart, so many lines are interleaved, in each of which they are one apart
-    lines = tap_step // pixel_step if tap_step % pixel_step == 0 else 1
+    lines = tap_step // pixel_step if taps > 1 and tap_step % pixel_step == 0 else 1
     for i in range(first, min(last, first + lines)):
         _line(
             dtype, count, ceil_div(last - i, lines), x, x_row, x_low, rows, origin + i * pixel_step, pixel_step * lines,
@@ -160,7 +160,6 @@ def _line(
     slide_first, slide_last, inner_first, inner_last = pixels, pixels, pixels, pixels
     if slides(taps, tap_step, pixel_step):
         slide_first, slide_last = inside(origin + taps // 2 * tap_step, pixel_step, pixels, size)
-        slide_last = max(slide_first, slide_last)
     else:
         head_first, head_last = inside(origin, pixel_step, pixels, size)
         tail_first, tail_last = inside(origin + (taps - 1) * tap_step, pixel_step, pixels, size)

@@ -48,7 +48,7 @@ def depthwise_tile(
               max(x_low, x[r*x_row + s*x_tap + i*x_pixel + c]) * kernel[r*kernel_row + s*kernel_tap + c])
 
     for i < pixels, c < channels. `pixels` is PIXELS or 1; bias is an address of `channels` values, or 0. Whole vectors
-    are written past the caches if `past_caches` is not 0: then y's pixels lie at multiples of one.
+    are written past the caches if `past_caches` is not 0 (but bfloat16's): then y's pixels lie at multiples of one.
 
     Strides are free (negative too), which is how one loop serves any stride and dilation, forward and backward.
     """

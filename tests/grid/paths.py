@@ -113,7 +113,8 @@ def _depthwise_paths(dtype, g: Geometry) -> set[str]:
     found |= {"depthwise gradient: rows together"} if whole else set()
     found |= {"depthwise gradient: rows together twice"} if whole > 1 else set()
     found |= {"depthwise: several channel blocks"} if g.channels > depthwise.forward_block(dtype, g) else set()
-    step = max(g.stride_width, g.dilation_width) if g.dilation_width % g.stride_width == 0 else g.stride_width
+    apart = g.kernel_width > 1 and g.dilation_width % g.stride_width == 0
+    step = max(g.stride_width, g.dilation_width) if apart else g.stride_width
     interleaved = step // g.stride_width
     found |= {"depthwise: lines interleaved"} if 1 < interleaved <= g.out_width else set()
     slides, lanes = depthwise_line.slides(g.kernel_width, g.dilation_width, step), _lanes(dtype)
