@@ -52,6 +52,12 @@ def inside(origin, step, count, size):
 
 
 @kernel
+def interleaved(taps, tap_step, pixel_step):
+    """As how many lines a line is taken: where taps are several pixels apart, they are one apart in each of those."""
+    return tap_step // pixel_step if taps > 1 and tap_step % pixel_step == 0 else 1
+
+
+@kernel
 def slides(taps, tap_step, pixel_step):
     """Whether a row's taps are those of a sliding tile, which loads each input once a row."""
     return tap_step == pixel_step and (taps == SLIDING_TAPS or taps in WIDE_SLIDING_TAPS)
@@ -140,8 +146,7 @@ def line_span(
     if tap_step < 0:  # the same taps, from the last to the first
         origin, tap_step = origin + (taps - 1) * tap_step, -tap_step
         kernel, kernel_tap = kernel + (taps - 1) * kernel_tap * itemsize, -kernel_tap
-    # where taps are several pixels apart, so many lines are interleaved, in each of which they are one apart
-    lines = tap_step // pixel_step if taps > 1 and tap_step % pixel_step == 0 else 1
+    lines = interleaved(taps, tap_step, pixel_step)
     for i in range(first, min(last, first + lines)):
         _line(
             dtype, count, ceil_div(last - i, lines), x, x_row, x_low, rows, origin + i * pixel_step, pixel_step * lines,

@@ -115,7 +115,7 @@ def _sliding_tile_of(widths: tuple[int, ...]):
             emit = vectors_of(builder, signature)
 
             def emit_case(width, count):
-                span = CHOSEN.slide_span if _fits(width, count, CHOSEN.slide_span) else 1
+                span = sliding_span(width, count)
                 step = index(span * emit.lanes)
                 blocks, left = builder.sdiv(channels, step), builder.srem(channels, step)
                 tile = functools.partial(_sliding, emit, width, count, (column_first, column_last))
@@ -141,6 +141,11 @@ def _sliding_tile_of(widths: tuple[int, ...]):
 def _fits(taps: int, pixels: int, span: int) -> bool:
     """Whether the registers hold the sums, a row's weights, an input and the bound of inputs."""
     return (pixels + taps + 1) * span + 1 <= CHOSEN.registers
+
+
+def sliding_span(taps: int, pixels: int) -> int:
+    """Channel vectors at once of a sliding tile."""
+    return CHOSEN.slide_span if _fits(taps, pixels, CHOSEN.slide_span) else 1
 
 
 def _sliding(

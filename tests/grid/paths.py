@@ -29,7 +29,7 @@ from fastsepconv.kernels.cpu import (
     tiles,
 )
 from fastsepconv.kernels.cpu.correlation_tiles import CORRELATED_TAPS
-from fastsepconv.kernels.cpu.depthwise_tiles import SLIDING_TAPS, WIDE_SLIDING_TAPS, _fits
+from fastsepconv.kernels.cpu.depthwise_tiles import SLIDING_TAPS, WIDE_SLIDING_TAPS, sliding_span
 from fastsepconv.kernels.cpu.memory import share
 from fastsepconv.kernels.cpu.simd import BFLOAT16
 from fastsepconv.kernels.geometry import Geometry
@@ -113,9 +113,8 @@ def _depthwise_paths(dtype, g: Geometry) -> set[str]:
     found |= {"depthwise gradient: rows together"} if whole else set()
     found |= {"depthwise gradient: rows together twice"} if whole > 1 else set()
     found |= {"depthwise: several channel blocks"} if g.channels > depthwise.forward_block(dtype, g) else set()
-    apart = g.kernel_width > 1 and g.dilation_width % g.stride_width == 0
-    step = max(g.stride_width, g.dilation_width) if apart else g.stride_width
-    interleaved = step // g.stride_width
+    interleaved = depthwise_line.interleaved(g.kernel_width, g.dilation_width, g.stride_width)
+    step = interleaved * g.stride_width
     found |= {"depthwise: lines interleaved"} if 1 < interleaved <= g.out_width else set()
     slides, lanes = depthwise_line.slides(g.kernel_width, g.dilation_width, step), _lanes(dtype)
     for line in range(min(interleaved, g.out_width)):
@@ -126,7 +125,7 @@ def _depthwise_paths(dtype, g: Geometry) -> set[str]:
         ]
         found |= _sliding_paths(taps, count) if slides else _tile_paths(taps, count)
     if slides:
-        span = TILE.slide_span * lanes if _fits(g.kernel_width, TILE.slides[0], TILE.slide_span) else lanes
+        span = sliding_span(g.kernel_width, TILE.slides[0]) * lanes
         found |= {"depthwise sliding: whole vectors"} if g.channels >= span else set()
         found |= {"depthwise sliding: vectors left over"} if g.channels % span else set()
     else:
